@@ -1,0 +1,1 @@
+"""Test oracles and benchmarks for the label assignment and training losses of object detectors."""

@@ -1,0 +1,1 @@
+"""What is fast: optimised variants of the five systems, one sub-package a technique."""

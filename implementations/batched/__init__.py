@@ -1,0 +1,1 @@
+"""The five systems over a whole batch at once, padded and masked."""

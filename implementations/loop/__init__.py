@@ -1,0 +1,1 @@
+"""The five systems image by image, as training code commonly writes them."""

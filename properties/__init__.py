@@ -1,0 +1,1 @@
+"""What must hold: scenes, comparison, properties and planted faults."""

@@ -1,0 +1,79 @@
+"""The one table of tolerances: how far a right result may be from the float64 oracle.
+
+Values come with bounds from running error analysis (`detoracle.reference.rounding`). Gradients are judged as
+low-precision kernels are: by the error that the plain oracle itself makes in the same dtype, times a factor, plus a
+few roundings of the largest gradient of the same anchor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["GRADIENT_FACTOR", "GRADIENT_UNITS", "VALUE_FACTOR", "gradient_bound", "outside"]
+
+VALUE_FACTOR = 2.0
+"""A right implementation may arrange the formula differently: its error is within twice the oracle's bound."""
+
+GRADIENT_FACTOR = 8.0
+"""A right gradient errs at most so many times as much as the plain oracle's, row by row."""
+
+GRADIENT_UNITS = 64.0
+"""... plus so many unit roundoffs of the row's largest gradient, for where the plain oracle is exact by luck."""
+
+
+def gradient_bound(exact: Tensor, plain: Tensor, *, row: int = -1) -> Tensor:
+    """Bound on a right gradient's distance from the float64 one.
+
+    Parameters
+    ----------
+    exact : Tensor float64
+        Gradient by the oracle in float64.
+    plain : Tensor
+        Gradient by the oracle in the dtype under test.
+    row : int
+        Dimension along which one anchor's channels lie.
+
+    Returns
+    -------
+    bound : Tensor float64
+        Broadcastable to `exact`.
+
+    Examples
+    --------
+    >>> float(gradient_bound(torch.ones(1, 2).double(), torch.ones(1, 2))) < 1e-5
+    True
+    """
+    if exact.ndim == 0:
+        exact, plain = exact[None], plain[None]
+    made = (plain.double() - exact).abs().nan_to_num(nan=0.0, posinf=0.0).amax(row, keepdim=True)
+    largest = exact.abs().nan_to_num(nan=0.0, posinf=0.0).amax(row, keepdim=True)
+    info = torch.finfo(plain.dtype)
+    return GRADIENT_FACTOR * made + GRADIENT_UNITS * info.eps / 2 * largest + info.smallest_normal
+
+
+def outside(given: Tensor, exact: Tensor, bound: Tensor) -> Tensor:
+    """Elements of a result that are farther from the exact one than the bound, or not finite in another way.
+
+    Parameters
+    ----------
+    given : Tensor
+        The result to judge.
+    exact, bound : Tensor float64
+        The float64 result and its bound; an infinite bound accepts anything.
+
+    Returns
+    -------
+    wrong : Tensor bool
+
+    Examples
+    --------
+    >>> outside(
+    ...     torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]).double(), torch.zeros(2).double()
+    ... ).tolist()
+    [False, False]
+    """
+    given = given.detach().double()
+    same = (given == exact) | (given.isnan() & exact.isnan())
+    near = (given - exact).abs() <= bound
+    return ~(same | near | bound.isinf())

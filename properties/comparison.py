@@ -1,0 +1,383 @@
+"""Verdicts: is what an implementation returned right, up to what rounding leaves open?
+
+`expect` runs the oracle once for an operation's arguments; the `Expectation` it returns then judges any number of
+outcomes. Choices are judged by the explanation's worlds, floats by bounds from running error analysis, gradients by
+the error that the plain oracle makes in the same dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from detoracle.properties.bounds import VALUE_FACTOR, gradient_bound, outside
+from detoracle.properties.outputs import Outcome, cotangent, perform
+from detoracle.properties.systems import System
+from detoracle.reference.contract import Operation, returns_of
+from detoracle.reference.errors import UpstreamRaises
+from detoracle.reference.explain.explanation import Explanation
+from detoracle.reference.rounding import Bounded, Decision
+
+__all__ = ["Expectation", "Finding", "Status", "Verdict", "expect"]
+
+Status = Literal["equal", "ambiguous", "different", "raised", "mutated-input", "timeout", "undefined"]
+
+_MOST_ALTERNATIVES = 64  # right assignments that a loss is compared with before it is left unjudged
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes
+    ----------
+    clause : str
+        Such as ``yolox.assign[outcome]``.
+    where : str
+        Position of the first wrong element.
+    message : str
+        What was expected, what came.
+    count : int
+        Number of wrong elements.
+    """
+
+    clause: str
+    where: str
+    message: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Judgement of one call.
+
+    Attributes
+    ----------
+    status : str
+        ``equal``; ``ambiguous`` (right, but not the float64 oracle's choice); ``different``; ``raised``; ``mutated-input``;
+        ``timeout``; ``undefined`` (the oracle itself raises a named behaviour here, and nothing is asked).
+    findings : tuple of Finding
+        What is wrong; empty unless the status is a finding.
+    note : str
+        What an ``undefined`` or ``ambiguous`` is about.
+    positives, ambiguous : int
+        Assigned anchors, and how many of all anchors had more than one right outcome.
+    """
+
+    status: Status
+    findings: tuple[Finding, ...] = ()
+    note: str = ""
+    positives: int = 0
+    ambiguous: int = 0
+
+    @property
+    def wrong(self) -> bool:
+        """Is this a finding?"""
+        return self.status not in ("equal", "ambiguous", "undefined")
+
+
+@dataclass(frozen=True, eq=False)
+class Expectation:
+    """The right answer for one set of arguments.
+
+    Attributes
+    ----------
+    operation : Operation
+    behaviour : UpstreamRaises or None
+        What the oracle raised.
+    judge_outputs : callable
+        Maps outputs and gradients to a verdict.
+    """
+
+    operation: Operation
+    behaviour: UpstreamRaises | None
+    judge_outputs: Callable[[Outcome], Verdict] | None
+
+    def judge(self, outcome: Outcome) -> Verdict:
+        """Judge one outcome.
+
+        Parameters
+        ----------
+        outcome : Outcome
+
+        Returns
+        -------
+        Verdict
+        """
+        name = self.operation.name
+        if outcome.problem in ("timeout", "mutated-input"):
+            clause = "inputs-unmodified" if outcome.problem == "mutated-input" else "returns"
+            return Verdict(outcome.problem, (Finding(f"{name}[{clause}]", "", outcome.message),))  # type: ignore[arg-type]
+        if self.behaviour is not None and (self.judge_outputs is None or outcome.problem == "raised"):
+            did = f"raised {outcome.message}" if outcome.problem == "raised" else "returned"
+            return Verdict("undefined", note=f"the oracle raises {self.behaviour.behaviour}; the implementation {did}")
+        if outcome.problem == "contract":
+            return Verdict("different", (Finding(f"{name}[contract]", "output", outcome.message),))
+        if outcome.problem or self.judge_outputs is None:
+            return Verdict("raised", (Finding(f"{name}[returns]", "", outcome.message),))
+        return self.judge_outputs(outcome)
+
+
+def expect(system: System, operation: Operation, arguments: Mapping[str, Any]) -> Expectation:
+    """Work out what is right.
+
+    Parameters
+    ----------
+    system : System
+    operation : Operation
+    arguments : mapping
+        Keyword arguments of the oracle.
+
+    Returns
+    -------
+    Expectation
+
+    Examples
+    --------
+    >>> from detoracle.properties.systems import find_operation
+    >>> from detoracle.reference import boxes
+    >>> pair = {"boxes_a": torch.ones(1, 4), "boxes_b": torch.ones(1, 4), "form": "cxcywh"}
+    >>> expectation = expect(*find_operation("boxes.iou_yolox"), pair)
+    >>> expectation.judge(perform(expectation.operation, boxes.iou_yolox, pair)).status
+    'equal'
+    >>> expectation.judge(perform(expectation.operation, lambda **_: torch.zeros(1, 1), pair)).findings[0].message
+    'expected 1 +- 0, got 0'
+    """
+    try:
+        return Expectation(operation, None, _judge(system, operation, arguments))
+    except UpstreamRaises as behaviour:
+        instead = system.safe(behaviour, dict(arguments))
+        judge = _judge(system, operation, instead) if instead is not None else None
+        return Expectation(operation, behaviour, judge)
+
+
+def _judge(system: System, operation: Operation, arguments: Mapping[str, Any]) -> Callable[[Outcome], Verdict]:
+    dtype = _dtype(arguments)
+    explain = system.explain.get(operation.name)
+    if operation.kind == "assignment":
+        assert explain is not None, f"{operation.name} is an assignment without an explanation"
+        explanation: Explanation = explain(**arguments, dtype=dtype)
+        return lambda outcome: _judge_assignment(operation, explanation, outcome)
+    if operation.kind == "loss":
+        assert explain is not None, f"{operation.name} is a loss without an explanation"
+        return _LossJudge(
+            operation, explain(**arguments, dtype=dtype), system.loss_given[operation.name], arguments, dtype
+        )
+    expected = explain(**arguments, dtype=dtype) if explain else _bounded_call(operation, arguments, dtype)
+    outputs = _as_dict(operation, expected)
+    gradients = _gradient_pair(operation, arguments)
+    return lambda outcome: _judge_values(operation, outputs, gradients, outcome)
+
+
+def _dtype(arguments: Mapping[str, Any]) -> torch.dtype:
+    """Floating dtype of the arguments."""
+    for value in arguments.values():
+        for tensor in value if isinstance(value, list) else [value]:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                return tensor.dtype
+    return torch.float32
+
+
+def _bounded_call(operation: Operation, arguments: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    def bounded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [bounded(v) for v in value]
+        return Bounded.exact(value, dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    private = operation.oracle.__wrapped__  # type: ignore[attr-defined]
+    return private(**{name: bounded(value) for name, value in arguments.items()})
+
+
+def _as_dict(operation: Operation, outputs: Any) -> dict[str, Any]:
+    if isinstance(outputs, Mapping):
+        return dict(outputs)
+    names = [output.name for output in returns_of(operation.oracle)]
+    return dict(zip(names, outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
+
+
+# ------------------------------------------------------------------------------------------------------- values
+def _judge_values(
+    operation: Operation, expected: Mapping[str, Any], gradients: Mapping[str, Any], outcome: Outcome
+) -> Verdict:
+    findings: list[Finding] = []
+    ambiguous = 0
+    for name, want in expected.items():
+        if name in outcome.outputs:
+            findings += _compare(f"{operation.name}[{name}]", outcome.outputs[name], want)
+            ambiguous += int(want.ambiguous.sum()) if isinstance(want, Decision) else 0
+    findings += _compare_gradients(operation, outcome, gradients)
+    return Verdict("different" if findings else "equal", tuple(findings), ambiguous=ambiguous)
+
+
+def _compare(clause: str, given: Tensor, want: Any) -> list[Finding]:
+    """Compare one output with a `Bounded`, a `Decision` or an exact tensor."""
+    exact = want.value if isinstance(want, Bounded | Decision) else want
+    if given.shape != exact.shape or given.device != exact.device:
+        expected, got = (f"shape {tuple(t.shape)} on {t.device}" for t in (exact, given))
+        return [Finding(clause, "", f"expected {expected}, got {got}")]
+    if isinstance(want, Bounded):
+        wrong = outside(given, exact, VALUE_FACTOR * want.error)
+    elif isinstance(want, Decision):
+        wrong = (given != exact) & ~want.ambiguous
+    else:
+        wrong = given.double() != exact.double()
+    if not wrong.any():
+        return []
+    position = tuple(wrong.nonzero()[0].tolist())
+    bound = f" +- {float((VALUE_FACTOR * want.error)[position]):.3g}" if isinstance(want, Bounded) else ""
+    message = f"expected {exact[position].item():.9g}{bound}, got {given[position].item():.9g}"
+    return [Finding(clause, f"at {position}" if position else "", message, int(wrong.sum()))]
+
+
+def _gradient_pair(operation: Operation, arguments: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per differentiable input, the oracle's gradient in float64 and in the arguments' dtype."""
+    if not operation.gradients:
+        return {}
+    plain = perform(operation, operation.oracle, arguments).gradients
+    exact = perform(operation, operation.oracle, _in_double(arguments)).gradients
+    return {n: (e, p) for n, e in exact.items() if e is not None and (p := plain[n]) is not None}
+
+
+def _in_double(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def double(value: Any) -> Any:
+        if isinstance(value, list):
+            return [double(v) for v in value]
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: double(value) for name, value in arguments.items()}
+
+
+def _compare_gradients(
+    operation: Operation, outcome: Outcome, expected: Mapping[str, tuple[Tensor, Tensor]]
+) -> list[Finding]:
+    findings = []
+    for name, (exact, plain) in expected.items():
+        clause, given = f"{operation.name}[gradient {name}]", outcome.gradients.get(name)
+        if given is None:
+            if exact.nan_to_num().any():
+                findings.append(Finding(clause, "", "expected a gradient, got none"))
+            continue
+        if given.shape != exact.shape:
+            findings.append(Finding(clause, "", f"expected shape {tuple(exact.shape)}, got {tuple(given.shape)}"))
+            continue
+        # Where the plain oracle overflows or is NaN, a finite gradient is no worse.
+        judged = plain.isfinite()
+        bound = gradient_bound(exact, plain, row=1 if exact.ndim == 4 else -1).expand_as(exact)
+        wrong = outside(given, exact, bound) & judged
+        if wrong.any():
+            at = tuple(wrong.nonzero()[0].tolist())
+            message = f"expected {exact[at].item():.9g} +- {bound[at].item():.3g}, got {given[at].item():.9g}"
+            findings.append(Finding(clause, f"at {at}", message, int(wrong.sum())))
+    return findings
+
+
+# --------------------------------------------------------------------------------------------------- assignments
+def _judge_assignment(operation: Operation, explanation: Explanation, outcome: Outcome) -> Verdict:
+    given, want = outcome.outputs["gt_index"].long(), explanation.gt_index
+    if given.shape != want.shape or given.device != want.device:
+        return Verdict("different", tuple(_compare(f"{operation.name}[outcome]", given, want)))
+    findings = []
+    wrong = explanation.wrong(given)
+    if wrong.any():
+        findings.append(_outcome_finding(operation, explanation, given, wrong))
+    elif "quality" in outcome.outputs:
+        findings += _compare(f"{operation.name}[quality]", outcome.outputs["quality"], explanation.quality(given))
+    if "dynamic_k" in outcome.outputs:
+        findings += _k_finding(operation, explanation, outcome.outputs["dynamic_k"])
+    chosen = "ambiguous" if bool((given != want).any()) else "equal"
+    return Verdict(
+        "different" if findings else chosen,  # type: ignore[arg-type]
+        tuple(findings),
+        positives=int((want >= 0).sum()),
+        ambiguous=int((explanation.ambiguous & ((want >= 0) | (given >= 0))).sum()),
+    )
+
+
+def _outcome_finding(operation: Operation, explanation: Explanation, given: Tensor, wrong: Tensor) -> Finding:
+    image, anchor = wrong.nonzero()[0].tolist()
+    right = {int(w.gt_index[anchor]) for w in explanation.worlds[image]}
+    right |= set().union(*(w.choices.get(anchor, frozenset()) for w in explanation.worlds[image]))
+    margin = float(explanation.margin[image, anchor])
+    message = f"expected ground truth {' or '.join(map(str, sorted(right)))}, got {int(given[image, anchor])} (margin {margin:.3g})"
+    return Finding(f"{operation.name}[outcome]", f"image {image}, anchor {anchor}", message, int(wrong.sum()))
+
+
+def _k_finding(operation: Operation, explanation: Explanation, given: Tensor) -> list[Finding]:
+    wrong = explanation.wrong_k(given)
+    if not wrong.any():
+        return []
+    image, gt = wrong.nonzero()[0].tolist()
+    ranges = [world.k_range for world in explanation.worlds[image] if world.k_range is not None]
+    low, high = min(int(r[0][gt]) for r in ranges), max(int(r[1][gt]) for r in ranges)
+    expected = str(low) if low == high else f"{low} to {high}"
+    message = f"expected {expected}, got {int(given[image, gt])}"
+    return [Finding(f"{operation.name}[dynamic_k]", f"image {image}, ground truth {gt}", message, int(wrong.sum()))]
+
+
+# -------------------------------------------------------------------------------------------------------- losses
+class _LossJudge:
+    """Judge a loss by the right assignments: the float64 one first, then the others that rounding leaves open."""
+
+    def __init__(
+        self,
+        operation: Operation,
+        explanation: Explanation,
+        loss_given: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        dtype: torch.dtype,
+    ) -> None:
+        self._operation, self._explanation, self._dtype = operation, explanation, dtype
+        self._loss_given, self._arguments = loss_given, arguments
+        self._expected: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._remaining = explanation.alternatives(_MOST_ALTERNATIVES)
+
+    def __call__(self, outcome: Outcome) -> Verdict:
+        facts = {
+            "positives": int((self._explanation.gt_index >= 0).sum()),
+            "ambiguous": int(self._explanation.ambiguous.sum()),
+        }
+        first: tuple[Finding, ...] = ()
+        number = 0
+        for number in itertools.count():
+            expected = self._expectation(number)
+            if expected is None:
+                break
+            findings = self._findings(expected, outcome)
+            if not findings:
+                return Verdict("equal" if number == 0 else "ambiguous", **facts)
+            first = first or findings
+        if number >= _MOST_ALTERNATIVES:
+            return Verdict("ambiguous", note="more assignments are right than can be compared; not judged", **facts)
+        return Verdict("different", first, **facts)
+
+    def _expectation(self, number: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Values and gradients of the n-th right assignment, worked out when first asked for."""
+        while len(self._expected) <= number:
+            gt_index = next(self._remaining, None)
+            if gt_index is None:
+                return None
+            parts = self._loss_given(gt_index, **self._arguments, dtype=self._dtype)
+            plain, exact = (
+                perform(
+                    self._operation,
+                    lambda gt_index=gt_index, **given: self._loss_given(gt_index, **given, dtype=None),
+                    a,
+                )
+                for a in (self._arguments, _in_double(self._arguments))
+            )
+            pairs = {n: (e, plain.gradients[n]) for n, e in exact.gradients.items() if e is not None}
+            self._expected.append((parts, pairs))
+        return self._expected[number]
+
+    def _findings(self, expected: tuple[dict[str, Any], dict[str, Any]], outcome: Outcome) -> tuple[Finding, ...]:
+        parts, gradients = expected
+        found: list[Finding] = []
+        for name, given in outcome.outputs.items():
+            if name in parts:
+                found += _compare(f"{self._operation.name}[{name}]", given, parts[name])
+        return (*found, *_compare_gradients(self._operation, outcome, gradients))

@@ -1,0 +1,102 @@
+"""What the suite knows of one system: how a scene becomes arguments, and how its results are explained."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from detoracle.properties.scenes import Scene
+from detoracle.reference.contract import Operation
+from detoracle.reference.errors import InputError, UpstreamRaises
+
+__all__ = ["NAMES", "System", "every_operation", "every_system", "find_operation", "system_of"]
+
+NAMES = ("yolox", "ssd", "anchor_head", "rtmdet", "yolov8")
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class System:
+    """One of the five systems.
+
+    Attributes
+    ----------
+    name : str
+    operations : tuple of Operation
+        Those of the system, and of the box functions it alone uses.
+    shared : frozenset of str
+        Names of native inputs that are not per image, such as strides; all others have the images first.
+    native : callable
+        Turns a `Scene` into the system's native input, with ``gt_boxes``, ``gt_labels`` and ``gt_valid`` padded.
+    arguments : callable
+        Operation name and native input to the argument sets to call it with, by a short name of the setting.
+    explain : mapping of str to callable
+        Per operation: same arguments plus ``dtype``; returns an `Explanation` for an assignment and a loss, and bounded outputs
+        otherwise. An operation of kind ``values`` without one runs its oracle on bounded inputs.
+    loss_given : mapping of str to callable
+        Per loss: its value for a given assignment.
+    safe : callable
+        Where the oracle raises a named behaviour: arguments whose result a safe implementation may return instead, or None.
+    """
+
+    name: str
+    operations: tuple[Operation, ...]
+    shared: frozenset[str]
+    native: Callable[[Scene], Arguments]
+    arguments: Callable[[str, Arguments], Iterator[tuple[str, Arguments]]]
+    explain: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    loss_given: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    safe: Callable[[UpstreamRaises, Arguments], Arguments | None] = lambda _behaviour, _arguments: None
+
+
+def system_of(name: str) -> System:
+    """Look a system up.
+
+    Examples
+    --------
+    >>> system_of("yolox").operations[0].name
+    'yolox.decode'
+    """
+    if name not in NAMES:
+        raise InputError("system", expected=f"one of {', '.join(NAMES)}", got=repr(name))
+    system: System = importlib.import_module(f"detoracle.properties.{name}").SYSTEM
+    return system
+
+
+def every_system() -> tuple[System, ...]:
+    """All systems, in the suite's order."""
+    return tuple(system_of(name) for name in NAMES)
+
+
+def every_operation() -> tuple[tuple[System, Operation], ...]:
+    """All operations with the system that brings their scenes.
+
+    Examples
+    --------
+    >>> "boxes.iou_yolox" in [operation.name for _, operation in every_operation()]
+    True
+    """
+    return tuple((system, operation) for system in every_system() for operation in system.operations)
+
+
+def find_operation(name: str) -> tuple[System, Operation]:
+    """Find an operation by name.
+
+    Raises
+    ------
+    InputError
+        Naming the nearest ones.
+
+    Examples
+    --------
+    >>> find_operation("yolox.assign")[1].kind
+    'assignment'
+    """
+    table = {operation.name: (system, operation) for system, operation in every_operation()}
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=3) or sorted(table)
+        raise InputError("operation", expected=f"one of {', '.join(near)}", got=repr(name), fix="See 'detoracle list'.")
+    return table[name]

@@ -1,0 +1,143 @@
+"""The IoU family: one formula a system, since they answer differently for degenerate boxes.
+
+Systems share a formula here only where they truly agree. ``xyxy`` is left, top, right, bottom; ``cxcywh`` is centre and
+size. Everything is in pixels unless a caller says otherwise; IoUs have no unit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detoracle.reference.contract import operation
+
+__all__ = ["cxcywh_to_xyxy", "iou_loss_yolox", "iou_yolox", "xyxy_to_cxcywh"]
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Turn centre and size into corners.
+
+    Parameters
+    ----------
+    boxes : Tensor (..., 4) float
+        cx, cy, w, h in any unit.
+
+    Returns
+    -------
+    corners : Tensor (..., 4) float
+        Left, top, right, bottom in the same unit.
+
+    Examples
+    --------
+    >>> cxcywh_to_xyxy(torch.tensor([5.0, 5.0, 4.0, 2.0])).tolist()
+    [3.0, 4.0, 7.0, 6.0]
+    """
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Turn corners into centre and size.
+
+    Parameters
+    ----------
+    boxes : Tensor (..., 4) float
+        Left, top, right, bottom in any unit.
+
+    Returns
+    -------
+    boxes : Tensor (..., 4) float
+        cx, cy, w, h in the same unit.
+
+    Examples
+    --------
+    >>> xyxy_to_cxcywh(torch.tensor([3.0, 4.0, 7.0, 6.0])).tolist()
+    [5.0, 5.0, 4.0, 2.0]
+    """
+    return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], dim=-1)
+
+
+@operation("boxes.iou_yolox", kind="values", source="Megvii-BaseDetection/YOLOX, pairwise IoU")
+def iou_yolox(boxes_a: Tensor, boxes_b: Tensor, *, form: str = "cxcywh") -> Tensor:
+    """Pairwise IoU as YOLOX computes it: no epsilon, and no overlap unless the boxes overlap strictly on both axes.
+
+    Two boxes of area zero give 0/0 = NaN; a negative width with a negative height has a positive area.
+
+    Parameters
+    ----------
+    boxes_a : Tensor (G, 4) float
+        Boxes in pixels.
+    boxes_b : Tensor (N, 4) float
+        Boxes in pixels.
+    form : {"cxcywh", "xyxy"}
+        Meaning of the four coordinates, of both sets.
+
+    Returns
+    -------
+    iou : Tensor (G, N) float
+
+    Examples
+    --------
+    >>> iou_yolox(torch.tensor([[1.0, 1, 2, 2]]), torch.tensor([[2.0, 1, 2, 2], [9.0, 9, 2, 2]])).tolist()
+    [[0.3333333432674408, 0.0]]
+    """
+    if form == "cxcywh":
+        corners_a, corners_b = cxcywh_to_xyxy(boxes_a), cxcywh_to_xyxy(boxes_b)
+        size_a, size_b = boxes_a[:, 2:], boxes_b[:, 2:]
+    else:
+        corners_a, corners_b = boxes_a, boxes_b
+        size_a, size_b = boxes_a[:, 2:] - boxes_a[:, :2], boxes_b[:, 2:] - boxes_b[:, :2]
+    intersection = _strict_intersection(corners_a[:, None], corners_b[None])
+    area_a, area_b = torch.prod(size_a, 1), torch.prod(size_b, 1)
+    return intersection / (area_a[:, None] + area_b[None] - intersection)
+
+
+@operation(
+    "boxes.iou_loss_yolox", kind="values", gradients=("predicted",), source="Megvii-BaseDetection/YOLOX, IOUloss"
+)
+def iou_loss_yolox(predicted: Tensor, target: Tensor, *, variant: str = "iou") -> Tensor:
+    """YOLOX box loss of matched pairs: 1 - IoU squared, or a generalised IoU.
+
+    Parameters
+    ----------
+    predicted : Tensor (N, 4) float
+        cx, cy, w, h in pixels.
+    target : Tensor (N, 4) float
+        cx, cy, w, h in pixels.
+    variant : {"iou", "giou_tutorial", "giou"}
+        ``giou_tutorial`` (and official 0.1) penalises by enclosure minus *intersection*, a published bug that makes
+        two shifted boxes cost twice as much; ``giou`` (official 0.2 on) by enclosure minus union.
+
+    Returns
+    -------
+    loss : Tensor (N,) float
+        One loss a pair, unreduced.
+
+    Examples
+    --------
+    >>> pair = torch.tensor([[1.0, 1, 2, 2]]), torch.tensor([[2.0, 1, 2, 2]])
+    >>> [round(float(iou_loss_yolox(*pair, variant=v)), 4) for v in ("giou_tutorial", "giou")]
+    [1.3333, 0.6667]
+    >>> round(float(iou_loss_yolox(torch.tensor([[150.0, 150, 200, 120]]), torch.tensor([[300.0, 170, 300, 400]]))), 4)
+    0.9917
+    """
+    corners_p, corners_t = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target)
+    intersection = _strict_intersection(corners_p, corners_t)
+    union = torch.prod(predicted[:, 2:], 1) + torch.prod(target[:, 2:], 1) - intersection
+    iou = intersection / (union + 1e-16)
+    if variant == "iou":
+        return 1 - iou**2
+    enclosure = torch.prod(
+        torch.maximum(corners_p[:, 2:], corners_t[:, 2:]) - torch.minimum(corners_p[:, :2], corners_t[:, :2]), 1
+    )
+    covered = intersection if variant == "giou_tutorial" else union
+    giou = iou - (enclosure - covered) / torch.clamp(enclosure, min=1e-16)
+    return 1 - torch.clamp(giou, min=-1.0, max=1.0)
+
+
+def _strict_intersection(corners_a: Tensor, corners_b: Tensor) -> Tensor:
+    """Area of overlap of xyxy boxes, broadcast; 0 unless left-top is strictly before right-bottom on both axes."""
+    left_top = torch.maximum(corners_a[..., :2], corners_b[..., :2])
+    right_bottom = torch.minimum(corners_a[..., 2:], corners_b[..., 2:])
+    overlap = (left_top < right_bottom).all(-1)
+    return torch.prod(right_bottom - left_top, -1) * overlap.to(right_bottom.dtype)

@@ -1,0 +1,339 @@
+"""What an assignment could rightly be: the outcomes that rounding leaves open, and the margins of all others.
+
+An oracle's ``explain_*`` function returns an `Explanation`: per image one or more `World`\\ s (one for every way in
+which ambiguous candidate decisions can fall), each with the admissible outcomes of every anchor and the counts
+that every ground truth's claims must meet. An implementation is right where *one* world admits its whole image.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from detoracle.reference.assignment import BACKGROUND
+from detoracle.reference.rounding import Bounded, Decision
+
+__all__ = ["Claims", "Explanation", "World", "background_world", "claim_decisions", "claims_world", "worlds_of"]
+
+_MOST_OPEN = 4  # ambiguous candidate decisions of one image that are tried in all combinations
+
+
+@dataclass(frozen=True, eq=False)
+class Count:
+    """Of `anchors`, whose outcome is `gt` or background, at least `low` and at most `high` must be `gt`."""
+
+    gt: int
+    anchors: Tensor
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """One image's right answers, given how its ambiguous candidate decisions fell.
+
+    Attributes
+    ----------
+    gt_index : Tensor (A,) int64
+        The float64 outcome.
+    margin : Tensor (A,) float64
+        Smallest margin of the decisions the anchor's outcome depended on, in units of their rounding error.
+    choices : mapping of int to frozenset of int
+        For each ambiguous anchor, its admissible outcomes; every other anchor must match `gt_index`.
+    counts : tuple of Count
+        Joint constraints among ambiguous anchors.
+    k_range : tuple of Tensor (G,) int64, optional
+        Fewest and most claims of each (padded) ground truth, where the system counts them.
+    """
+
+    gt_index: Tensor
+    margin: Tensor
+    choices: dict[int, frozenset[int]] = field(default_factory=dict)
+    counts: tuple[Count, ...] = ()
+    k_range: tuple[Tensor, Tensor] | None = None
+
+    def wrong(self, gt_index: Tensor) -> Tensor:
+        """Anchors (A,) bool whose given outcome this world does not admit."""
+        wrong = gt_index != self.gt_index
+        for anchor, admissible in self.choices.items():
+            wrong[anchor] = int(gt_index[anchor]) not in admissible
+        for count in self.counts:
+            taken = int((gt_index[count.anchors] == count.gt).sum())
+            if not count.low <= taken <= count.high:
+                wrong[count.anchors] = True
+        return wrong
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """All images' worlds, and the quality that a given assignment must have.
+
+    Attributes
+    ----------
+    worlds : tuple of tuple of World
+        Per image, at least one world; the first is the float64 outcome.
+    quality : callable
+        Maps a ``gt_index`` (B, A) to the `Bounded` quality (B, A) that it implies.
+    """
+
+    worlds: tuple[tuple[World, ...], ...]
+    quality: Callable[[Tensor], Bounded]
+
+    @property
+    def gt_index(self) -> Tensor:
+        """The float64 outcome, (B, A) int64."""
+        return torch.stack([worlds[0].gt_index for worlds in self.worlds])
+
+    @property
+    def margin(self) -> Tensor:
+        """Smallest margin over all worlds, (B, A) float64."""
+        return torch.stack([torch.stack([w.margin for w in worlds]).amin(0) for worlds in self.worlds])
+
+    @property
+    def ambiguous(self) -> Tensor:
+        """Anchors (B, A) bool with more than one right outcome."""
+        return torch.stack([_open_anchors(worlds) for worlds in self.worlds])
+
+    def wrong_k(self, dynamic_k: Tensor) -> Tensor:
+        """Ground truths (B, G) bool whose given number of claims no world admits."""
+        wrong = torch.zeros_like(dynamic_k, dtype=torch.bool)
+        for image, worlds in enumerate(self.worlds):
+            ranges = [world.k_range for world in worlds if world.k_range is not None]
+            if ranges:
+                low, high = torch.stack([r[0] for r in ranges]).amin(0), torch.stack([r[1] for r in ranges]).amax(0)
+                wrong[image] = (dynamic_k[image] < low) | (dynamic_k[image] > high)
+        return wrong
+
+    def wrong(self, gt_index: Tensor) -> Tensor:
+        """Anchors (B, A) bool at which no world admits the given outcome (judged by the most lenient world)."""
+        images = []
+        for image, worlds in enumerate(self.worlds):
+            verdicts = [world.wrong(gt_index[image]) for world in worlds]
+            images.append(min(verdicts, key=lambda v: int(v.sum())))
+        return torch.stack(images)
+
+    def alternatives(self, limit: int) -> Iterator[Tensor]:
+        """Right assignments (B, A), the float64 one first: at most `limit`, fewer if there are fewer."""
+        yield from itertools.islice(self._alternatives(), limit)
+
+    def _alternatives(self) -> Iterator[Tensor]:
+        for worlds in itertools.product(*self.worlds):
+            base = torch.stack([world.gt_index for world in worlds])
+            open_ = [(image, anchor) for image, world in enumerate(worlds) for anchor in sorted(world.choices)]
+            options = [
+                sorted(worlds[image].choices[anchor], key=lambda g: g != int(base[image, anchor]))
+                for image, anchor in open_
+            ]
+            for picks in itertools.product(*options):
+                chosen = base.clone()
+                for (image, anchor), pick in zip(open_, picks, strict=True):
+                    chosen[image, anchor] = pick
+                if not any(world.wrong(row).any() for world, row in zip(worlds, chosen, strict=True)):
+                    yield chosen
+
+
+def _open_anchors(worlds: Sequence[World]) -> Tensor:
+    open_ = torch.zeros_like(worlds[0].gt_index, dtype=torch.bool)
+    for world in worlds:
+        open_ |= world.gt_index != worlds[0].gt_index
+        if world.choices:
+            open_[torch.tensor(sorted(world.choices), device=open_.device)] = True
+    return open_
+
+
+def background_world(num_anchors: int, device: torch.device) -> World:
+    """World of an image in which nothing can be assigned.
+
+    Examples
+    --------
+    >>> background_world(2, torch.device("cpu")).gt_index.tolist()
+    [-1, -1]
+    """
+    empty = torch.full((num_anchors,), BACKGROUND, device=device)
+    return World(empty, torch.full((num_anchors,), math.inf, dtype=torch.float64, device=device))
+
+
+def worlds_of(decision: Decision, world: Callable[[Tensor], World]) -> tuple[World, ...]:
+    """Build a world for every way in which the ambiguous elements of a decision can fall.
+
+    More than four ambiguous elements are flipped one at a time, not in all combinations.
+
+    Examples
+    --------
+    >>> far = Decision(torch.tensor([True]), torch.tensor([9.0]))
+    >>> len(worlds_of(far, lambda inside: background_world(1, inside.device)))
+    1
+    """
+    open_ = decision.ambiguous.nonzero().tolist()
+    flips: list[tuple[list[int], ...]] = [()]
+    if len(open_) <= _MOST_OPEN:
+        flips += [c for n in range(1, len(open_) + 1) for c in itertools.combinations(open_, n)]
+    else:
+        flips += [(element,) for element in open_]
+    worlds = []
+    for flip in flips:
+        settled = decision.value.clone()
+        for element in flip:
+            settled[tuple(element)] ^= True
+        worlds.append(world(settled))
+    return tuple(worlds)
+
+
+@dataclass(frozen=True, eq=False)
+class Claims:
+    """Which ground truth claims which candidate, (G, N), and what rounding leaves open."""
+
+    claimed: Tensor
+    definite: Tensor
+    possible: Tensor
+    margin: Tensor
+    fewest: Tensor
+    most: Tensor
+
+
+def claim_decisions(cost: Bounded, fewest: Tensor, most: Tensor, k_margin: Tensor, k: Tensor) -> Claims:
+    """Every ground truth (row) claims its k cheapest candidates: what is certain, what is possible.
+
+    Parameters
+    ----------
+    cost : Bounded (G, N)
+        Smaller is better; inf for what cannot be claimed before everything else is.
+    fewest, most, k : Tensor (G,) int64
+        Range of numbers of claims that rounding leaves open, and the float64 number.
+    k_margin : Tensor (G,) float64
+        Margin of that number.
+
+    Returns
+    -------
+    Claims
+        Of (G, N) masks and margins.
+
+    Examples
+    --------
+    >>> one = torch.ones(1, dtype=torch.int64)
+    >>> tied = Bounded.exact(torch.tensor([[2.0, 1.0, 1.0]]), torch.float32)
+    >>> claim_decisions(tied, one, one, one.double() * 9, one).possible.tolist()
+    [[False, True, True]]
+    """
+    cost = _without_nan(cost, math.inf)
+    count = cost.shape[1]
+    order = torch.argsort(cost.value, dim=1, stable=True)
+    rank = torch.argsort(order, dim=1)
+    claimed = rank < k[:, None]
+    lower, upper = cost.lower, cost.upper
+    may_precede = torch.searchsorted(lower.sort(dim=1).values, upper.contiguous(), right=True) - 1
+    must_precede = torch.searchsorted(upper.sort(dim=1).values, lower.contiguous(), right=False)
+    definite = may_precede < fewest[:, None]
+    possible = must_precede < most[:, None]
+
+    ranked = cost.value.gather(1, order)
+    ranked_error = cost.error.gather(1, order)
+    last_in = (k - 1).clamp(0, count - 1)[:, None]
+    first_out = k.clamp(0, count - 1)[:, None]
+    rival = torch.where(claimed, ranked.gather(1, first_out), ranked.gather(1, last_in))
+    rival_error = torch.where(claimed, ranked_error.gather(1, first_out), ranked_error.gather(1, last_in))
+    gap = (rival - cost.value).abs().nan_to_num(nan=0.0, posinf=math.inf)
+    margin = torch.where((k >= count)[:, None], math.inf, gap / (rival_error + cost.error)).nan_to_num(
+        nan=0.0, posinf=math.inf
+    )
+    at_the_edge = (rank == last_in) | (rank == k[:, None])
+    margin = torch.where(at_the_edge, torch.minimum(margin, k_margin[:, None]), margin)
+    return Claims(claimed, definite & possible, possible, margin, fewest, most)
+
+
+def claims_world(
+    claims: Claims, preference: Bounded, columns: Tensor, num_anchors: int, ground_truths: Tensor
+) -> World:
+    """Resolve conflicts: an anchor claimed more than once goes to the ground truth with the smallest preference.
+
+    Parameters
+    ----------
+    claims : Claims (G, N)
+    preference : Bounded (G, N)
+        Compared over *all* ground truths of a column, first one on ties.
+    columns : Tensor (N,) int64
+        Anchor of each column.
+    num_anchors : int
+        A.
+    ground_truths : Tensor (G,) int64
+        Index of each row among the image's padded ground truths.
+
+    Returns
+    -------
+    World
+
+    Examples
+    --------
+    >>> one = torch.ones(2, dtype=torch.int64)
+    >>> cost = Bounded.exact(torch.tensor([[2.0, 5.0], [1.0, 5.5]]), torch.float32)
+    >>> claims = claim_decisions(cost, one, one, one.double() * 9, one)
+    >>> claims_world(claims, cost, torch.tensor([0, 3]), 4, torch.tensor([0, 1])).gt_index.tolist()
+    [1, -1, -1, -1]
+    """
+    num_gts, count = claims.claimed.shape
+    device = columns.device
+    world = background_world(num_anchors, device)
+    if not num_gts or not count:
+        return world
+    name = ground_truths.tolist()
+    preference = _without_nan(preference, -math.inf)
+    claimants = claims.claimed.sum(0)
+    best = preference.value.argmin(0)
+    lone = claims.claimed.int().argmax(0)
+    winner = torch.where(claimants == 1, lone, best)
+    outcome = torch.where(claimants == 0, BACKGROUND, ground_truths[winner])
+    tied = preference.lower <= preference.upper.amin(0)
+    tied[best, torch.arange(count, device=device)] = True
+
+    maybe = claims.possible & ~claims.definite
+    num_definite, num_maybe = claims.definite.sum(0), maybe.sum(0)
+    open_ = (num_maybe > 0) | ((num_definite > 1) & (tied.sum(0) > 1))
+    choices = {
+        int(columns[n]): _outcomes(claims.definite[:, n], maybe[:, n], tied[:, n], name)
+        for n in open_.nonzero().flatten().tolist()
+    }
+    counts = []
+    sole = maybe & (num_maybe == 1) & (num_definite == 0)
+    for g in maybe.any(1).nonzero().flatten().tolist():
+        certain, elsewhere = int(claims.definite[g].sum()), int((maybe[g] & ~sole[g]).sum())
+        low, high = int(claims.fewest[g]) - certain - elsewhere, int(claims.most[g]) - certain
+        counts.append(Count(name[g], columns[sole[g]], low, high))
+
+    gap = torch.where(claimants > 1, _conflict_margin(preference), math.inf)
+    margin = torch.minimum(claims.margin.amin(0), gap)
+    world.gt_index[columns] = outcome
+    world.margin[columns] = margin
+    return World(world.gt_index, world.margin, choices, tuple(counts))
+
+
+def _without_nan(x: Bounded, replacement: float) -> Bounded:
+    missing = x.value.isnan()
+    return Bounded(x.value.masked_fill(missing, replacement), x.error.masked_fill(missing, 0.0), x.precision)
+
+
+def _outcomes(definite: Tensor, maybe: Tensor, tied: Tensor, name: Sequence[int]) -> frozenset[int]:
+    """All outcomes of one anchor over the ways in which its possible claims can fall."""
+    certain, open_, conflict = (
+        [name[row] for row in mask.nonzero().flatten().tolist()] for mask in (definite, maybe, tied)
+    )
+    if len(certain) + len(open_) < 2:
+        conflict = []
+    if len(certain) > 1:
+        return frozenset(conflict)
+    alone = certain or [BACKGROUND, *open_]
+    return frozenset([*alone, *conflict])
+
+
+def _conflict_margin(preference: Bounded) -> Tensor:
+    """Gap between the best and the second-best ground truth of each column, over its error."""
+    if preference.shape[0] < 2:
+        return torch.full(preference.shape[1:], math.inf, dtype=torch.float64, device=preference.device)
+    two, index = preference.value.topk(2, dim=0, largest=False)
+    error = preference.error.gather(0, index).sum(0)
+    gap = (two[1] - two[0]).nan_to_num(nan=0.0, posinf=math.inf)
+    return torch.where(error > 0, gap / error, torch.where(gap > 0, math.inf, 0.0))

@@ -1,0 +1,1 @@
+"""What is shown: timings, counters, gates and the reports that people and CI read."""
