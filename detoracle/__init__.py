@@ -1,1 +1,15 @@
-"""Test oracles and benchmarks for the label assignment and training losses of object detectors."""
+"""Test oracles for the label assignment and training losses of object detectors.
+
+The rooms: `detoracle.reference` (what is right), `detoracle.implementations` (what is fast), `detoracle.properties` (what must
+hold) and `detoracle.reports` (what is shown). The command line is ``detoracle --help``.
+"""
+
+from __future__ import annotations
+
+from detoracle.implementations.registry import implements
+from detoracle.reference.assignment import Assignment
+from detoracle.reference.errors import DetoracleError, InputError, UpstreamRaises
+
+__all__ = ["Assignment", "DetoracleError", "InputError", "UpstreamRaises", "__version__", "implements"]
+
+__version__ = "0.1.0"

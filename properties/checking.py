@@ -106,7 +106,8 @@ def judge_case(case: Case, expectation: Expectation, call: Call) -> Result:
     """
     verdict = expectation.judge(call(case.arguments))
     share = verdict.ambiguous / verdict.positives if verdict.positives else 0.0
-    if "generic" in case.scene.tags and share > MOST_AMBIGUOUS and verdict.positives >= 1 / MOST_AMBIGUOUS:
+    generic = bool(case.scene.tags & {"random", "realistic"})
+    if generic and share > MOST_AMBIGUOUS and verdict.positives >= 1 / MOST_AMBIGUOUS:
         message = f"{verdict.ambiguous} of {verdict.positives} positives are ambiguous in a generic scene"
         finding = Finding(f"{expectation.operation.name}[ambiguity]", "", message, verdict.ambiguous)
         verdict = Verdict("different", (*verdict.findings, finding), verdict.note, verdict.positives, verdict.ambiguous)

@@ -92,11 +92,14 @@ class Expectation:
         What the oracle raised.
     judge_outputs : callable
         Maps outputs and gradients to a verdict.
+    explanation : Explanation or None
+        Of an assignment or a loss: what could rightly be assigned, with margins.
     """
 
     operation: Operation
     behaviour: UpstreamRaises | None
     judge_outputs: Callable[[Outcome], Verdict] | None
+    explanation: Explanation | None = None
 
     def judge(self, outcome: Outcome) -> Verdict:
         """Judge one outcome.
@@ -149,29 +152,30 @@ def expect(system: System, operation: Operation, arguments: Mapping[str, Any]) -
     'expected 1 +- 0, got 0'
     """
     try:
-        return Expectation(operation, None, _judge(system, operation, arguments))
+        return _expectation(system, operation, arguments, None)
     except UpstreamRaises as behaviour:
         instead = system.safe(behaviour, dict(arguments))
-        judge = _judge(system, operation, instead) if instead is not None else None
-        return Expectation(operation, behaviour, judge)
+        if instead is None:
+            return Expectation(operation, behaviour, None)
+        return _expectation(system, operation, instead, behaviour)
 
 
-def _judge(system: System, operation: Operation, arguments: Mapping[str, Any]) -> Callable[[Outcome], Verdict]:
+def _expectation(
+    system: System, operation: Operation, arguments: Mapping[str, Any], behaviour: UpstreamRaises | None
+) -> Expectation:
     dtype = _dtype(arguments)
     explain = system.explain.get(operation.name)
-    if operation.kind == "assignment":
-        assert explain is not None, f"{operation.name} is an assignment without an explanation"
+    if operation.kind != "values":
+        assert explain is not None, f"{operation.name} is no plain value, and has no explanation"
         explanation: Explanation = explain(**arguments, dtype=dtype)
-        return lambda outcome: _judge_assignment(operation, explanation, outcome)
-    if operation.kind == "loss":
-        assert explain is not None, f"{operation.name} is a loss without an explanation"
-        return _LossJudge(
-            operation, explain(**arguments, dtype=dtype), system.loss_given[operation.name], arguments, dtype
-        )
+        if operation.kind == "loss":
+            judge = _LossJudge(operation, explanation, system.loss_given[operation.name], arguments, dtype)
+            return Expectation(operation, behaviour, judge, explanation)
+        return Expectation(operation, behaviour, lambda o: _judge_assignment(operation, explanation, o), explanation)
     expected = explain(**arguments, dtype=dtype) if explain else _bounded_call(operation, arguments, dtype)
     outputs = _as_dict(operation, expected)
     gradients = _gradient_pair(operation, arguments)
-    return lambda outcome: _judge_values(operation, outputs, gradients, outcome)
+    return Expectation(operation, behaviour, lambda outcome: _judge_values(operation, outputs, gradients, outcome))
 
 
 def _dtype(arguments: Mapping[str, Any]) -> torch.dtype:

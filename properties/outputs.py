@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detoracle.reference.assignment import Assignment
-from detoracle.reference.contract import Argument, Operation, returns_of
+from detoracle.reference.contract import Argument, Operation, rank_fits, returns_of
 from detoracle.reference.errors import InputError
 
 __all__ = ["Outcome", "cotangent", "normalised", "perform"]
@@ -194,6 +194,6 @@ def _check_output(output: Argument, value: Any) -> None:
         "bool": value.dtype == torch.bool,
         "int": value.dtype in (torch.int64, torch.int32),
     }[kind]
-    if not right or value.ndim != len(shape):
+    if not right or not rank_fits(shape, value.ndim):
         got = f"{value.dtype} of shape {tuple(value.shape)}"
         raise InputError(output.name, expected=output.type, got=got, where="output")

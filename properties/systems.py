@@ -8,14 +8,41 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from detoracle.properties.scenes import Scene
 from detoracle.reference.contract import Operation
 from detoracle.reference.errors import InputError, UpstreamRaises
 
-__all__ = ["NAMES", "System", "every_operation", "every_system", "find_operation", "system_of"]
+__all__ = ["NAMES", "Canvas", "System", "every_operation", "every_system", "find_operation", "system_of"]
 
 NAMES = ("yolox", "ssd", "anchor_head", "rtmdet", "yolov8")
 Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """What a picture of an operation's arguments shows.
+
+    Attributes
+    ----------
+    size : tuple of float
+        Height and width of the image in pixels.
+    gt_boxes : Tensor (B, G, 4) float
+        xyxy pixels.
+    gt_labels : Tensor (B, G) int
+    gt_valid : Tensor (B, G) bool
+    anchor_points : Tensor (A, 2) float
+        Pixels; the centres of anchor boxes.
+    anchor_strides : Tensor (A,) float
+    """
+
+    size: tuple[float, float]
+    gt_boxes: Tensor
+    gt_labels: Tensor
+    gt_valid: Tensor
+    anchor_points: Tensor
+    anchor_strides: Tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +65,8 @@ class System:
         otherwise. An operation of kind ``values`` without one runs its oracle on bounded inputs.
     loss_given : mapping of str to callable
         Per loss: its value for a given assignment.
+    canvas : callable
+        Operation name and arguments to what a picture of them shows, or None if they have no image.
     safe : callable
         Where the oracle raises a named behaviour: arguments whose result a safe implementation may return instead, or None.
     """
@@ -49,6 +78,7 @@ class System:
     arguments: Callable[[str, Arguments], Iterator[tuple[str, Arguments]]]
     explain: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     loss_given: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    canvas: Callable[[str, Arguments], Canvas | None] = lambda _operation, _arguments: None
     safe: Callable[[UpstreamRaises, Arguments], Arguments | None] = lambda _behaviour, _arguments: None
 
 

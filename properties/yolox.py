@@ -9,7 +9,7 @@ import torch
 
 from detoracle.properties.predictors import predict
 from detoracle.properties.scenes import Scene
-from detoracle.properties.systems import System
+from detoracle.properties.systems import Canvas, System
 from detoracle.reference import boxes, yolox
 from detoracle.reference.contract import operations_in
 from detoracle.reference.errors import UpstreamRaises
@@ -150,6 +150,15 @@ def _grid(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return points, strides
 
 
+def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:
+    if operation not in ("yolox.assign", "yolox.loss"):
+        return None
+    points, strides = _grid(arguments)
+    height, width = (points + strides[:, None] / 2).amax(0).flip(0).tolist()
+    corners = boxes.cxcywh_to_xyxy(arguments["gt_boxes"])
+    return Canvas((height, width), corners, arguments["gt_labels"], arguments["gt_valid"], points, strides)
+
+
 SYSTEM = System(
     name="yolox",
     operations=(
@@ -167,5 +176,6 @@ SYSTEM = System(
         "yolox.loss": explain.explain_loss,
     },
     loss_given={"yolox.loss": explain.loss_given},
+    canvas=_canvas,
     safe=_safe,
 )

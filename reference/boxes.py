@@ -6,12 +6,16 @@ size. Everything is in pixels unless a caller says otherwise; IoUs have no unit.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from detoracle.reference.contract import operation
+from detoracle.reference.errors import InputError
+from detoracle.reference.rounding import known_range
 
-__all__ = ["cxcywh_to_xyxy", "iou_loss_yolox", "iou_yolox", "xyxy_to_cxcywh"]
+__all__ = ["cxcywh_to_xyxy", "iou_loss_yolox", "iou_ultralytics", "iou_yolox", "xyxy_to_cxcywh"]
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -141,3 +145,92 @@ def _strict_intersection(corners_a: Tensor, corners_b: Tensor) -> Tensor:
     right_bottom = torch.minimum(corners_a[..., 2:], corners_b[..., 2:])
     overlap = (left_top < right_bottom).all(-1)
     return torch.prod(right_bottom - left_top, -1) * overlap.to(right_bottom.dtype)
+
+
+@operation(
+    "boxes.iou_ultralytics", kind="values", gradients=("boxes_a", "boxes_b"), source="ultralytics 8.1.30 to 8.2.42, box IoU"
+)
+def iou_ultralytics(
+    boxes_a: Tensor, boxes_b: Tensor, *, form: str = "xyxy", mode: str = "iou", eps: float = 1e-7
+) -> Tensor:
+    """IoU, GIoU, DIoU or CIoU as ultralytics computes them: epsilon in the denominators, and in the heights of xyxy boxes.
+
+    Boxes broadcast on all but the last dimension, and the result keeps a last dimension of 1: a caller who drops it on
+    one side only turns N pairs into (N, N). The CIoU's weight *alpha* is a constant for the gradient. With ``cxcywh``,
+    identical boxes can give NaN, when rounding lifts their IoU above 1, and boxes of size zero do.
+
+    Parameters
+    ----------
+    boxes_a : Tensor (..., 4) float
+        Boxes in any unit.
+    boxes_b : Tensor (..., 4) float
+        Boxes in the same unit.
+    form : {"xyxy", "cxcywh"}
+        Meaning of the four coordinates, of both sets. Only xyxy heights (not widths) are enlarged by `eps`.
+    mode : {"iou", "giou", "diou", "ciou"}
+        Penalty: none; empty part of the enclosing box; distance of centres; that and difference of aspect ratios.
+    eps : float
+        Keeps denominators from zero; decides degenerate boxes.
+
+    Returns
+    -------
+    iou : Tensor (..., 1) float
+
+    Raises
+    ------
+    InputError
+        If the leading dimensions do not broadcast.
+
+    Examples
+    --------
+    >>> a, b = torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2]])
+    >>> [round(float(iou_ultralytics(a, b, mode=m)), 4) for m in ("iou", "giou", "diou", "ciou")]
+    [0.3333, 0.3333, 0.2564, 0.2564]
+    >>> iou_ultralytics(torch.zeros(5, 4), torch.zeros(1, 4)).shape
+    torch.Size([5, 1])
+    """
+    try:
+        torch.broadcast_shapes(boxes_a.shape, boxes_b.shape)
+    except RuntimeError as error:
+        expected = f"leading dimensions that broadcast with {tuple(boxes_a.shape[:-1])}"
+        raise InputError(
+            "boxes_b", expected=expected, got=str(tuple(boxes_b.shape[:-1])), where="boxes.iou_ultralytics"
+        ) from error
+    left_top_a, right_bottom_a, width_a, height_a = _ultralytics_sides(boxes_a, form, eps)
+    left_top_b, right_bottom_b, width_b, height_b = _ultralytics_sides(boxes_b, form, eps)
+    sides = torch.minimum(right_bottom_a, right_bottom_b) - torch.maximum(left_top_a, left_top_b)
+    intersection = _product_of_sides(torch.clamp(sides, min=0))
+    union = width_a * height_a + width_b * height_b - intersection + eps
+    iou = intersection / union
+    if mode == "iou":
+        return iou
+    enclosure = torch.maximum(right_bottom_a, right_bottom_b) - torch.minimum(left_top_a, left_top_b)
+    if mode == "giou":
+        area = _product_of_sides(enclosure) + eps
+        return iou - (area - union) / area
+    diagonal = (enclosure**2).sum(-1, keepdim=True) + eps
+    offset = left_top_b + right_bottom_b - left_top_a - right_bottom_a  # twice that of the centres
+    distance = (offset**2).sum(-1, keepdim=True) / 4 / diagonal
+    if mode == "diou":
+        return iou - distance
+    shape = 4 / math.pi**2 * (torch.atan(width_b / height_b) - torch.atan(width_a / height_a)) ** 2
+    constant_shape, constant_iou = shape.detach(), iou.detach()
+    alpha = constant_shape / (constant_shape - constant_iou + (1 + eps))
+    if form == "xyxy":
+        alpha = known_range(alpha, 0.0, 1.0)  # no intersection exceeds the union here
+    return iou - (distance + shape * alpha)
+
+
+def _ultralytics_sides(boxes: Tensor, form: str, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Left-top and right-bottom corners (..., 2), widths and heights (..., 1)."""
+    corners = cxcywh_to_xyxy(boxes) if form == "cxcywh" else boxes
+    left_top, right_bottom = corners[..., :2], corners[..., 2:]
+    if form == "cxcywh":
+        return left_top, right_bottom, boxes[..., 2:3], boxes[..., 3:]
+    size = right_bottom - left_top
+    return left_top, right_bottom, size[..., :1], size[..., 1:] + eps
+
+
+def _product_of_sides(sides: Tensor) -> Tensor:
+    """(..., 2) to (..., 1)."""
+    return sides[..., :1] * sides[..., 1:]

@@ -4,7 +4,7 @@ The *Parameters* and *Returns* sections of a public oracle function are the mach
 ``name : Tensor (B, A, 5+C) float`` (or ``list of Tensor (...) kind``, ``sequence of int``, ``float``, ``bool``, ``int``,
 ``str``, ``{"one", "two"}``, each with ``or None``), so that what people read is what `check_arguments` checks and what ``describe``
 prints. Dimensions are names, numbers or sums; one name has one size throughout a call, but for those that end in a
-lower-case ``l``, which vary from level to level.
+lower-case ``l``, which vary from level to level. A leading ``...`` stands for any dimensions, none included.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = [
     "check_arguments",
     "operation",
     "operations_in",
+    "rank_fits",
     "returns_of",
 ]
 
@@ -262,11 +263,23 @@ def _check_tensor(
         "bool": tensor.dtype == torch.bool,
         "int": tensor.dtype in (torch.int64, torch.int32),
     }[kind]
-    if not right_kind or tensor.ndim != len(shape):
+    if not right_kind or not rank_fits(shape, tensor.ndim):
         raise InputError(name, expected=expected, got=_shown(tensor), where=where)
-    for dimension, size in zip(shape, tensor.shape, strict=True):
+    trailing = [dimension for dimension in shape if dimension != "..."]
+    for dimension, size in zip(trailing, tensor.shape[tensor.ndim - len(trailing) :], strict=True):
         if not _fits(dimension, size, sizes):
             raise InputError(name, expected=expected, got=_shown(tensor), where=where)
+
+
+def rank_fits(shape: Sequence[str], ndim: int) -> bool:
+    """Is a number of dimensions right for a documented shape?
+
+    Examples
+    --------
+    >>> rank_fits(("...", "4"), 3), rank_fits(("B", "4"), 3)
+    (True, False)
+    """
+    return ndim >= len(shape) - 1 if "..." in shape else ndim == len(shape)
 
 
 def _fits(dimension: str, size: int, sizes: dict[str, int]) -> bool:
@@ -296,17 +309,19 @@ def _evaluate(dimension: str, sizes: Mapping[str, int]) -> int:
 
 
 def _check_plain(argument: Argument, value: object, where: str) -> None:
-    kind = argument.type
-    numbers = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    if not _is_plain(argument.type, value):
+        raise InputError(argument.name, expected=argument.type, got=_shown(value), where=where)
+
+
+def _is_plain(kind: str, value: object) -> bool:
+    """Is a value what a type that is no tensor says? Sequences may be nested; unknown types take anything."""
     if kind.startswith("{"):
-        right = value in [choice.strip().strip("\"'") for choice in kind.strip("{}").split(",")]
-    elif kind.startswith("sequence of "):
-        inner = numbers[kind.removeprefix("sequence of ")]
-        right = isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, inner) for v in value)  # type: ignore[arg-type]
-    else:
-        right = kind not in numbers or isinstance(value, numbers[kind])  # type: ignore[arg-type]
-    if not right:
-        raise InputError(argument.name, expected=kind, got=_shown(value), where=where)
+        return value in [choice.strip().strip("\"'") for choice in kind.strip("{}").split(",")]
+    if kind.startswith("sequence of "):
+        inner = kind.removeprefix("sequence of ")
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_plain(inner, v) for v in value)
+    numbers: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    return kind not in numbers or isinstance(value, numbers[kind])
 
 
 def _shown(value: object) -> str:

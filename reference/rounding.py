@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Bounded", "Decision", "Precision", "known", "value_of"]
+__all__ = ["Bounded", "Decision", "Precision", "known", "known_range", "value_of"]
 
 _ROBUST_BITS = 20  # results that fit in so many significant bits are exact however the formula is arranged
 
@@ -248,6 +248,23 @@ def known(x: Any) -> Any:
     return x.value if isinstance(x, Decision) else x
 
 
+def known_range(x: Any, low: float, high: float) -> Any:
+    """State a fact about a result: it lies in a range, however it is rounded. Tightens a bound; a tensor stays as it is.
+
+    Examples
+    --------
+    >>> import torch
+    >>> ratio = Bounded(torch.tensor(0.25), torch.tensor(9.0), Precision.of(torch.float32))
+    >>> known_range(ratio, 0.0, 1.0).error.item()
+    0.75
+    """
+    if not isinstance(x, Bounded):
+        return x
+    farthest = torch.maximum(high - x.value, x.value - low)
+    holds = (x.value >= low) & (x.value <= high)
+    return Bounded(x.value, torch.where(holds, torch.minimum(x.error, farthest), x.error), x.precision)
+
+
 def _plain_index(index: Any) -> Any:
     return tuple(value_of(i) for i in index) if isinstance(index, tuple) else value_of(index)
 
@@ -324,13 +341,18 @@ def _div(a: Any, b: Any) -> Bounded:
     return _rounded(value, error + torch.zeros_like(value), _precision(a, b), units=1.0)
 
 
-def _monotone(function: Callable[..., Tensor], units: float) -> Callable[..., Bounded]:
-    """Rule for an elementwise function that is monotone where it matters: its bound is read off at both ends."""
+def _monotone(
+    function: Callable[..., Tensor], units: float, *, at_ends: Callable[..., Tensor] | None = None
+) -> Callable[..., Bounded]:
+    """Rule for an elementwise function that is monotone where it matters: its bound is read off at both ends.
+
+    `at_ends` takes its place there where an end may stick out of its domain.
+    """
 
     def rule(x: Bounded, *args: Any, **kwargs: Any) -> Bounded:
         args, kwargs = tuple(value_of(a) for a in args), {k: value_of(v) for k, v in kwargs.items()}
         value = function(x.value, *args, **kwargs)
-        above, below = (function(end, *args, **kwargs) for end in (x.upper, x.lower))
+        above, below = ((at_ends or function)(end, *args, **kwargs) for end in (x.upper, x.lower))
         spread = torch.maximum(_gap(above, value), _gap(below, value))
         spread = torch.where(x.error == 0, 0.0, spread)
         return _rounded(value, spread, x.precision, units) if units else Bounded(value, spread, x.precision)
@@ -338,12 +360,32 @@ def _monotone(function: Callable[..., Tensor], units: float) -> Callable[..., Bo
     return rule
 
 
+def _clamp(x: Bounded, min: float | None = None, max: float | None = None) -> Bounded:
+    """Where a limit applies that the precision cannot hold, the result is off by the limit's own rounding."""
+    result = _monotone(torch.clamp, 0.0)(x, min=min, max=max)
+    limits = torch.zeros_like(result.value)
+    for limit in (limit for limit in (min, max) if limit is not None):
+        at_limit = (result.value - limit).abs() <= x.precision.unit * abs(limit)
+        limits = torch.where(at_limit, float(limit), limits)
+    return Bounded(result.value, result.error + _rounded(limits, limits * 0, x.precision).error, x.precision)
+
+
+def _softmax(x: Bounded, dim: int) -> Any:
+    shifted = (x - x.amax(dim, keepdim=True)).exp()
+    return shifted / shifted.sum(dim, keepdim=True)
+
+
+def _log_softmax(x: Bounded, dim: int) -> Any:
+    shifted = x - x.amax(dim, keepdim=True)
+    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+
+
 def _gap(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a == b, 0.0, torch.nan_to_num((a - b).abs(), nan=math.inf, posinf=math.inf))
 
 
 def _log(x: Tensor) -> Tensor:
-    return x.clamp_min(0).log()  # the lower end of an interval may stick out of the domain
+    return x.clamp_min(0).log()
 
 
 def _log1p(x: Tensor) -> Tensor:
@@ -351,7 +393,7 @@ def _log1p(x: Tensor) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    return torch.where(x.isnan(), x, x.clamp_min(0).sqrt())
+    return x.clamp_min(0).sqrt()
 
 
 def _pow(x: Any, exponent: float) -> Bounded:
@@ -469,6 +511,8 @@ def _or(a: Any, b: Any) -> Decision:
 
 def _all(x: Decision, dim: int, keepdim: bool = False) -> Decision:
     value = x.value.all(dim, keepdim)
+    if x.value.shape[dim] == 0:
+        return _decision(value)
     weakest_true = x.margin.masked_fill(~x.value, math.inf).amin(dim, keepdim)
     strongest_false = x.margin.masked_fill(x.value, 0.0).amax(dim, keepdim)
     return Decision(value, torch.where(value, weakest_true, strongest_false))
@@ -513,12 +557,34 @@ def _square(x: Bounded) -> Bounded:
 
 
 def _bce_with_logits(logits: Any, targets: Any, *, reduction: str, **_: Any) -> Bounded:
-    """Binary cross entropy from logits, elementwise: max(x, 0) - x * t + log(1 + exp(-|x|))."""
+    """Binary cross entropy from logits, elementwise: max(x, 0) - x * t + log(1 + exp(-|x|)).
+
+    PyTorch subtracts log(sigmoid(x)) from (1 - t) * x, so that terms as large as x cancel: the error is one of x.
+    """
     if reduction != "none":
         raise NotImplementedError("sum the elementwise loss instead, so that its error is known")
     if not isinstance(logits, Bounded):
         logits = Bounded(logits.double(), torch.zeros_like(logits.double()), targets.precision)
-    return logits.clamp(min=0) - logits * targets + (-logits.abs()).exp().log1p()  # type: ignore[no-any-return]
+    loss: Bounded = logits.clamp(min=0) - logits * targets + (-logits.abs()).exp().log1p()
+    cancelled = 2 * logits.precision.unit * logits.value.abs().nan_to_num(nan=0.0, posinf=0.0)
+    return Bounded(loss.value, loss.error + cancelled, loss.precision)
+
+
+def _cross_entropy(logits: Bounded, target: Tensor, *, reduction: str, **_: Any) -> Bounded:
+    """Cross entropy of rows of logits against class indices: logarithm of the exponentials' sum, less the class's logit."""
+    if reduction != "none":
+        raise NotImplementedError("sum the elementwise loss instead, so that its error is known")
+    largest = logits.value.amax(1)
+    log_sum = (logits - largest[:, None]).exp().sum(1).log() + largest
+    return log_sum - logits.gather(1, target[:, None])[:, 0]  # type: ignore[no-any-return]
+
+
+def _smooth_l1(predicted: Any, target: Any, *, reduction: str, **_: Any) -> Bounded:
+    """Smooth L1 loss with beta 1, elementwise."""
+    if reduction != "none":
+        raise NotImplementedError("sum the elementwise loss instead, so that its error is known")
+    distance = (predicted - target).abs()
+    return _monotone(lambda d: torch.where(d < 1, 0.5 * d * d, d - 0.5), 2.0)(distance)
 
 
 def _mean(x: Bounded, dim: Any = None, keepdim: bool = False) -> Bounded:
@@ -562,10 +628,10 @@ _RULES: dict[str, Callable[..., Any]] = {
     "isnan": _like(torch.isnan), "isfinite": _like(torch.isfinite), "isinf": _like(torch.isinf),
     "add": _linear(lambda a, b: a + b), "sub": _linear(lambda a, b: a - b), "mul": _mul, "div": _div,
     "true_divide": _div, "neg": lambda x: Bounded(-x.value, x.error, x.precision), "abs": _abs_rule,
-    "pow": _pow, "rpow": _power_of, "square": _square, "binary_cross_entropy_with_logits": _bce_with_logits, "exp": _monotone(torch.exp, 2.0), "log": _monotone(_log, 2.0),
-    "log1p": _monotone(_log1p, 2.0), "sqrt": _monotone(_sqrt, 2.0), "sigmoid": _monotone(torch.sigmoid, 4.0),
+    "pow": _pow, "rpow": _power_of, "square": _square, "binary_cross_entropy_with_logits": _bce_with_logits, "cross_entropy": _cross_entropy, "smooth_l1_loss": _smooth_l1, "exp": _monotone(torch.exp, 2.0), "log": _monotone(torch.log, 2.0, at_ends=_log),
+    "log1p": _monotone(torch.log1p, 2.0, at_ends=_log1p), "sqrt": _monotone(torch.sqrt, 2.0, at_ends=_sqrt), "sigmoid": _monotone(torch.sigmoid, 4.0),
     "atan": _monotone(torch.atan, 2.0), "softplus": _monotone(torch.nn.functional.softplus, 4.0),
-    "clamp": _monotone(torch.clamp, 0.0), "clamp_min": _monotone(torch.clamp_min, 0.0),
+    "clamp": _clamp, "softmax": _softmax, "log_softmax": _log_softmax, "long": lambda x: x.value.long(), "clamp_min": _monotone(torch.clamp_min, 0.0),
     "clamp_max": _monotone(torch.clamp_max, 0.0), "floor": _monotone(torch.floor, 0.0),
     "sum": _sum, "mean": _mean, "prod": _prod, "where": _where, "maximum": _extreme("maximum"),
     "minimum": _extreme("minimum"), "amax": _extreme_over(torch.amax), "amin": _extreme_over(torch.amin),

@@ -9,7 +9,8 @@ What the model leaves out:
 - scratch memory inside a kernel, caches, and that a gather or a scatter may touch only a part of a large tensor;
 - copies from host to device, which wait for the device but depend on none of its results;
 - what other threads do (the backward pass is counted, on whichever thread autograd runs it);
-- `tolist`, `numpy` and `cpu` of a CPU tensor inside a custom backward or a hook; ``item`` and ``if tensor:`` are seen there;
+- `tolist`, `numpy` and `cpu` of a CPU tensor where autograd calls back into Python, in a custom backward or a hook
+  (``item`` and ``if tensor:`` are counted there too);
 - compiled functions: operations fused by `torch.compile` cannot be seen. PyTorch runs such a function eagerly while
   its operations are counted, so that the counters always describe the eager form.
 """
@@ -98,7 +99,8 @@ def count(call: Callable[[], T]) -> tuple[T, Counters]:
     counters : Counters
         Its cost. Equal on every device, except where PyTorch itself takes another path there: ``F.one_hot`` checks its
         input on the CPU only, and ``to("cpu")`` is a copy, and a synchronisation, only where the tensor is elsewhere.
-        ``mask``-indexed assignment of a scalar or 0-dim tensor is taken for the masked fill that it is for scalars.
+        ``x[mask] = value`` is a masked fill, without synchronisation, for a number; on the CPU a 0-dim tensor cannot
+        be told from one.
 
     Examples
     --------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import platform
 import subprocess
 from importlib.metadata import version
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["environment"]
+__all__ = ["environment", "source_hash"]
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -46,6 +48,27 @@ def environment() -> dict[str, str | int | bool]:
         **_gpu(),
         **_revision(Path(__file__).resolve().parents[1]),
     }
+
+
+def source_hash() -> str:
+    """Hash of the suite's own source, which decides what a result means.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Examples
+    --------
+    >>> len(source_hash())
+    64
+    """
+    digest = hashlib.sha256()
+    for name in ("reference", "implementations", "properties", "reports"):
+        room = importlib.import_module(f"detoracle.{name}")
+        for file in sorted(Path(room.__path__[0]).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _cpu_name() -> str:

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,19 +19,41 @@ from torch import Tensor
 from detoracle.reference.assignment import BACKGROUND
 from detoracle.reference.rounding import Bounded, Decision
 
-__all__ = ["Claims", "Explanation", "World", "background_world", "claim_decisions", "claims_world", "worlds_of"]
+__all__ = [
+    "Claims",
+    "Count",
+    "Explanation",
+    "World",
+    "background_world",
+    "claim_decisions",
+    "claims_world",
+    "combinations_of",
+    "worlds_of",
+]
 
 _MOST_OPEN = 4  # ambiguous candidate decisions of one image that are tried in all combinations
 
 
 @dataclass(frozen=True, eq=False)
 class Count:
-    """Of `anchors`, whose outcome is `gt` or background, at least `low` and at most `high` must be `gt`."""
+    """Of `anchors`, whose outcome is `gt` or `otherwise`, at least `low` and at most `high` must be `gt`."""
 
     gt: int
     anchors: Tensor
     low: int
     high: int
+    otherwise: int = BACKGROUND
+
+    def outcomes(self, first: Tensor) -> Iterator[Tensor]:
+        """Right outcomes of the anchors, beginning with the one given."""
+        yield first
+        most = len(self.anchors)
+        for number in range(max(self.low, 0), min(self.high, most) + 1):
+            for taken in itertools.combinations(range(most), number):
+                outcome = torch.full_like(first, self.otherwise)
+                outcome[list(taken)] = self.gt
+                if not torch.equal(outcome, first):
+                    yield outcome
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +90,47 @@ class World:
             if not count.low <= taken <= count.high:
                 wrong[count.anchors] = True
         return wrong
+
+    def outcomes(self) -> Iterator[Tensor]:
+        """Right outcomes (A,) of the image, the float64 one first."""
+        counted = [count.anchors for count in self.counts]
+        free = sorted(self.choices.keys() - {anchor for anchors in counted for anchor in anchors.tolist()})
+        ways = [partial(count.outcomes, self.gt_index[count.anchors]) for count in self.counts]
+        for picks in combinations_of([*ways, *(partial(self._options, anchor) for anchor in free)]):
+            outcome = self.gt_index.clone()
+            for anchors, pick in zip([*counted, *free], picks, strict=True):
+                outcome[anchors] = pick
+            if not self.wrong(outcome).any():
+                yield outcome
+
+    def _options(self, anchor: int) -> Iterator[Tensor]:
+        first = self.gt_index[anchor]
+        yield first
+        for option in sorted(self.choices[anchor] - {int(first)}):
+            yield torch.full_like(first, option)
+
+
+def combinations_of(ways: Sequence[Callable[[], Iterator[Tensor]]]) -> Iterator[tuple[Tensor, ...]]:
+    """One tensor from each of several iterators, in every combination; the last varies fastest, and none is stored.
+
+    Examples
+    --------
+    >>> coin = lambda: iter(torch.tensor([0, 1]))
+    >>> [[int(side) for side in pair] for pair in combinations_of([coin, coin])]
+    [[0, 0], [0, 1], [1, 0], [1, 1]]
+    """
+    running = [way() for way in ways]
+    picks = [next(options, None) for options in running]
+    while not any(pick is None for pick in picks):
+        yield tuple(pick for pick in picks if pick is not None)
+        for place in reversed(range(len(ways))):
+            picks[place] = next(running[place], None)
+            if picks[place] is not None:
+                break
+            running[place] = ways[place]()
+            picks[place] = next(running[place])
+        else:
+            return
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,18 +187,8 @@ class Explanation:
 
     def _alternatives(self) -> Iterator[Tensor]:
         for worlds in itertools.product(*self.worlds):
-            base = torch.stack([world.gt_index for world in worlds])
-            open_ = [(image, anchor) for image, world in enumerate(worlds) for anchor in sorted(world.choices)]
-            options = [
-                sorted(worlds[image].choices[anchor], key=lambda g: g != int(base[image, anchor]))
-                for image, anchor in open_
-            ]
-            for picks in itertools.product(*options):
-                chosen = base.clone()
-                for (image, anchor), pick in zip(open_, picks, strict=True):
-                    chosen[image, anchor] = pick
-                if not any(world.wrong(row).any() for world, row in zip(worlds, chosen, strict=True)):
-                    yield chosen
+            for images in combinations_of([world.outcomes for world in worlds]):
+                yield torch.stack(images)
 
 
 def _open_anchors(worlds: Sequence[World]) -> Tensor:

@@ -175,6 +175,17 @@ def test_a_mask_is_expanded_again_by_the_backward_pass() -> None:
     assert _counters(lambda: torch.autograd.grad(leaf[MASK].sum(), leaf)).host_syncs == 2
 
 
+def test_a_synchronisation_where_autograd_calls_back_counts() -> None:
+    leaf = X.clone().requires_grad_()
+
+    def step() -> None:
+        doubled = leaf * 2
+        doubled.register_hook(lambda g: g if g.any() else None)  # type: ignore[no-untyped-call]  # PyTorch's own
+        torch.autograd.backward(doubled.sum())
+
+    assert _counters(step).host_syncs == 1
+
+
 SYNCHRONISING = {
     "item": lambda: X[0, 0].item(),
     "float": lambda: float(X[0, 0]),

@@ -1,0 +1,115 @@
+"""Failures that an adopter knows about: each with a reason, a link and a day on which it must be gone.
+
+The list is the adopter's own TOML file::
+
+    [[known-failure]]
+    clause = "yolox.assign[outcome]"
+    scene = "identical*"            # optional shell pattern; default "*"
+    reason = "ties are broken by score on purpose"
+    link = "our-tracker/17"
+    expires = 2027-01-31
+
+An entry that is out of date, or that matches no failure, is itself a failure: lists do not rot in silence.
+"""
+
+from __future__ import annotations
+
+import datetime
+import tomllib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from detoracle.reference.errors import InputError
+
+__all__ = ["KnownFailure", "problems", "read_known_failures"]
+
+
+@dataclass(frozen=True)
+class KnownFailure:
+    """One entry of the list.
+
+    Attributes
+    ----------
+    clause, scene : str
+        What fails where; the scene is a shell pattern.
+    reason, link : str
+    expires : datetime.date
+        Last day on which the failure is accepted.
+    """
+
+    clause: str
+    reason: str
+    link: str
+    expires: datetime.date
+    scene: str = "*"
+
+    def covers(self, clause: str, scene: str) -> bool:
+        """Is this failure the one meant?"""
+        return clause == self.clause and fnmatchcase(scene, self.scene)
+
+
+def read_known_failures(path: Path) -> tuple[KnownFailure, ...]:
+    """Read the list.
+
+    Raises
+    ------
+    InputError
+        If the file is no TOML, or an entry lacks a field or has an unknown one.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "known.toml"
+    >>> _ = file.write_text('[[known-failure]]\\nclause="a"\\nreason="b"\\nlink="c"\\nexpires=2027-01-31\\n')
+    >>> read_known_failures(file)[0].scene
+    '*'
+    """
+    try:
+        body = tomllib.loads(path.read_text(encoding="utf-8"))
+        entries = tuple(KnownFailure(**entry) for entry in body["known-failure"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            path.name,
+            expected="TOML with [[known-failure]] entries of clause, reason, link, expires and maybe scene",
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+    for entry in entries:
+        for name in ("clause", "scene", "reason", "link"):
+            if not isinstance(getattr(entry, name), str) or not getattr(entry, name).strip():
+                raise InputError(path.name, expected=f"a text as '{name}'", got=repr(getattr(entry, name)))
+        if not isinstance(entry.expires, datetime.date):
+            raise InputError(path.name, expected="a date as 'expires', like 2027-01-31", got=repr(entry.expires))
+    return entries
+
+
+def problems(
+    entries: tuple[KnownFailure, ...], failures: list[tuple[str, str]], today: datetime.date
+) -> list[str]:
+    """Say which entries are out of date or match nothing.
+
+    Parameters
+    ----------
+    entries : tuple of KnownFailure
+    failures : list of (str, str)
+        Clause and scene of everything that failed.
+    today : datetime.date
+
+    Returns
+    -------
+    list of str
+
+    Examples
+    --------
+    >>> entry = KnownFailure("a[b]", "because", "here", datetime.date(2027, 1, 31))
+    >>> problems((entry,), [], datetime.date(2026, 1, 1))
+    ["known failure 'a[b]' on '*' matches no failure: remove it"]
+    """
+    found = []
+    for entry in entries:
+        name = f"known failure '{entry.clause}' on '{entry.scene}'"
+        if today > entry.expires:
+            found.append(f"{name} expired on {entry.expires}: {entry.reason} ({entry.link})")
+        if not any(entry.covers(clause, scene) for clause, scene in failures):
+            found.append(f"{name} matches no failure: remove it")
+    return found

@@ -1,0 +1,279 @@
+"""The main job: implementations against oracles on scenes, and what a call of each costs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detoracle.implementations.registry import Implementation
+from detoracle.properties.checking import Case, Result, cases, judge_case
+from detoracle.properties.comparison import Expectation, expect
+from detoracle.properties.outputs import Outcome, perform
+from detoracle.properties.scenefile import SavedScene, write_atomically, write_scene
+from detoracle.properties.scenes import Scene
+from detoracle.properties.systems import System
+from detoracle.properties.worker import Worker
+from detoracle.reference.contract import Operation
+from detoracle.reports.counters import count
+from detoracle.reports.record import Measurement, Picture, Row
+from detoracle.reports.timing import paired
+
+__all__ = ["Part", "Settings", "compare_operation", "read_part", "write_part"]
+
+_MOST_FILES = 20  # scene files and pictures kept for one implementation of one operation
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compare.
+
+    Attributes
+    ----------
+    device : str
+    dtype : torch.dtype
+    seed : int
+    time_limit : float
+        Seconds that one call of an implementation may take.
+    measure : bool
+        Also time and count, on the first realistic scene.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    time_limit: float = 60.0
+    measure: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    """Results of one operation."""
+
+    operation: str
+    rows: tuple[Row, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+
+
+def compare_operation(
+    system: System,
+    operation: Operation,
+    implementations: Sequence[Implementation],
+    scenes: Iterable[Scene],
+    workers: Mapping[str, Worker],
+    settings: Settings,
+    folder: Path,
+) -> Part:
+    """Judge all implementations of one operation on all scenes.
+
+    Parameters
+    ----------
+    system : System
+    operation : Operation
+    implementations : sequence of Implementation
+    scenes : iterable of Scene
+    workers : mapping of str to Worker
+        By implementation name; each in a process of its own, so that none can harm the others.
+    settings : Settings
+    folder : Path
+        Replayable scenes of findings are written below it.
+
+    Returns
+    -------
+    Part
+    """
+    rows: list[Row] = []
+    pictures: list[Picture] = []
+    kept: Counter[str] = Counter()
+    workload: Case | None = None
+    for scene in scenes:
+        for case in cases(system, operation, scene, device=settings.device, dtype=settings.dtype):
+            if workload is None and _is_workload(scene):
+                workload = case
+            expectation = expect(system, operation, case.arguments)
+            for one in implementations:
+                worker = workers[one.name]
+                outcomes: list[Outcome] = []
+
+                def call(arguments: Mapping[str, Any], one: Implementation = one, worker: Worker = worker,
+                         outcomes: list[Outcome] = outcomes) -> Outcome:  # fmt: skip
+                    outcomes.append(worker.perform(operation, one.target, arguments))
+                    return outcomes[-1]
+
+                result = judge_case(case, expectation, call)
+                row = _row(operation, one, result)
+                if result.verdict.wrong and kept[one.name] < _MOST_FILES:
+                    kept[one.name] += 1
+                    row = replace(row, scene_file=_save(operation, one, result, folder, kept[one.name]))
+                    pictures += _pictures(system, expectation, row, case, outcomes[-1])
+                rows.append(row)
+    measurements = ()
+    right = [one for one in implementations if not any(r.wrong for r in rows if r.implementation == one.name)]
+    if settings.measure and workload is not None and right:
+        measurements = _measure(operation, right, workload, settings)
+    return Part(operation.name, tuple(rows), measurements, tuple(pictures))
+
+
+def _is_workload(scene: Scene) -> bool:
+    return bool(scene.tags & {"realistic", "recorded"}) and scene.max_gts > 0
+
+
+def _row(operation: Operation, one: Implementation, result: Result) -> Row:
+    verdict, case = result.verdict, result.case
+    first = verdict.findings[0] if verdict.findings else None
+    return Row(
+        operation=operation.name,
+        implementation=one.name,
+        scene=case.scene.name,
+        setting=case.setting,
+        status=verdict.status,
+        clause=first.clause if first else "",
+        where=first.where if first else "",
+        message=first.message if first else "",
+        count=first.count if first else 0,
+        findings=len(verdict.findings),
+        positives=verdict.positives,
+        ambiguous=verdict.ambiguous,
+        note=verdict.note,
+        tags=" ".join(sorted(case.scene.tags)),
+    )
+
+
+def _save(operation: Operation, one: Implementation, result: Result, folder: Path, number: int) -> str:
+    name = f"scenes/{operation.name}-{_plain(one.name)}-{number}.scene.json"
+    findings = tuple(f"{f.clause} {f.where}: {f.message}" for f in result.verdict.findings)
+    saved = SavedScene(operation.name, result.case.name, result.case.arguments, one.target, findings)
+    write_scene(folder / name, saved)
+    return name
+
+
+def _plain(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:60]
+
+
+def _pictures(system: System, expectation: Expectation, row: Row, case: Case, outcome: Outcome) -> list[Picture]:
+    """The first image that differs."""
+    canvas = system.canvas(row.operation, dict(case.arguments))
+    given = outcome.outputs.get("gt_index")
+    if canvas is None or given is None or expectation.explanation is None:
+        return []
+    explanation = expectation.explanation
+    if given.shape != explanation.gt_index.shape:
+        return []
+    wrong = explanation.wrong(given.long()).any(1).nonzero().flatten().tolist()
+    image = wrong[0] if wrong else 0
+    valid = canvas.gt_valid[image]
+    number = int(valid.nonzero().max()) + 1 if valid.any() else 0  # indices count padding in between
+    return [
+        Picture(
+            operation=row.operation,
+            implementation=row.implementation,
+            scene=row.scene,
+            setting=row.setting,
+            image=image,
+            size=canvas.size,
+            gt_boxes=canvas.gt_boxes[image, :number].tolist(),
+            gt_labels=canvas.gt_labels[image, :number].tolist(),
+            anchor_points=canvas.anchor_points.tolist(),
+            anchor_strides=canvas.anchor_strides.tolist(),
+            expected=explanation.gt_index[image].tolist(),
+            given=given[image].tolist(),
+            margin=explanation.margin[image].tolist(),
+        )
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- cost
+def _measure(
+    operation: Operation, implementations: Sequence[Implementation], case: Case, settings: Settings
+) -> tuple[Measurement, ...]:
+    """Time right implementations against the oracle, turn by turn in this process, and count what a call does."""
+    calls = {"oracle": operation.oracle, **{one.name: one.load() for one in implementations}}
+    counters = {
+        name: count(_prepared(operation, call, case.arguments))[1] for name, call in calls.items()
+    }
+    synchronize: Callable[[], object] | None = torch.cuda.synchronize if settings.device == "cuda" else None
+
+    def timed(call: Callable[..., Any]) -> Callable[[int], object]:
+        fresh = [_prepared(operation, call, case.arguments) for _ in range(_ROUNDS + 1)]
+        return lambda number: fresh[number]()
+
+    timings = paired(
+        {name: timed(call) for name, call in calls.items()},
+        baseline="oracle",
+        rounds=_ROUNDS,
+        seed=settings.seed,
+        synchronize=synchronize,
+    )
+    return tuple(
+        Measurement(
+            operation=operation.name,
+            implementation=name,
+            workload=case.name,
+            milliseconds=timing.median * 1e3,
+            times_faster=timing.times_faster,
+            low=timing.low,
+            high=timing.high,
+            baseline="oracle",
+            rounds=timing.rounds,
+            **asdict(counters[name]),
+        )
+        for name, timing in timings.items()
+    )
+
+
+def _prepared(operation: Operation, call: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[], object]:
+    """A call on its own copy of the arguments, backward pass included where the operation has a gradient."""
+    given = copy.deepcopy(dict(arguments))
+    for name in operation.gradients:
+        for tensor in given[name] if isinstance(given[name], list) else [given[name]]:
+            tensor.requires_grad_()
+
+    def run() -> object:
+        returned = call(**given)
+        first = next(iter(returned.values())) if isinstance(returned, dict) else returned
+        if isinstance(first, Tensor) and first.requires_grad:
+            first.sum().backward()
+        return returned
+
+    return run
+
+
+# -------------------------------------------------------------------------------------------------------- parts
+def write_part(part: Part, key: str, folder: Path) -> None:
+    """Keep one operation's results, so that an interrupted run can go on.
+
+    Parameters
+    ----------
+    part : Part
+    key : str
+        What was asked for; a later run uses the part only if it asks for the same.
+    folder : Path
+    """
+    body = {"key": key, **asdict(part)}
+    write_atomically(folder / "parts" / f"{part.operation}.json", json.dumps(body))
+
+
+def read_part(operation: str, key: str, folder: Path) -> Part | None:
+    """Results of an interrupted run, if it asked for the same."""
+    path = folder / "parts" / f"{operation}.json"
+    if not path.is_file():
+        return None
+    body = json.loads(path.read_text(encoding="utf-8"))
+    if body["key"] != key:
+        return None
+    return Part(
+        body["operation"],
+        tuple(Row(**row) for row in body["rows"]),
+        tuple(Measurement(**m) for m in body["measurements"]),
+        tuple(Picture(**{**p, "size": tuple(p["size"])}) for p in body["pictures"]),
+    )
