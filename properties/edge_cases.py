@@ -137,7 +137,7 @@ def _conflicts() -> Iterator[Scene]:
     yield _scene(
         "best-for-a-third",
         "Anchors that the second and third claim predict the first, which claims others: who may win them?",
-        [(8, 8, 120, 120, 0), (32, 32, 80, 80, 1), (40, 40, 88, 88, 2)],
+        *[[(8, 8, 120, 120, 0), (52, 52, 84, 84, 1), (54, 52, 86, 84, 1)]] * 2,
         tags="conflict",
         size=(128, 128),
         predictor=Predictor("first-only"),

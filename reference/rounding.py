@@ -248,7 +248,7 @@ def known(x: Any) -> Any:
     return x.value if isinstance(x, Decision) else x
 
 
-def known_range(x: Any, low: float, high: float) -> Any:
+def known_range(x: Any, low: float, high: float | Tensor) -> Any:
     """State a fact about a result: it lies in a range, however it is rounded. Tightens a bound; a tensor stays as it is.
 
     Examples
@@ -289,7 +289,8 @@ def _rounded(value: Tensor, error: Tensor, precision: Precision, units: float = 
     robust = torch.ldexp(fraction, torch.tensor(precision.bits, device=value.device))
     exact = (robust == robust.round()) if units <= 1 else value == 0
     flushed = precision.smallest * (value.abs() < precision.smallest)
-    own = torch.where(exact & (value.abs() >= precision.smallest), 0.0, units * precision.unit * value.abs() + flushed)
+    exact = exact & (error == 0) & (value.abs() >= precision.smallest)  # only if the operands were
+    own = torch.where(exact, 0.0, units * precision.unit * value.abs() + flushed)
     own = torch.where(value == 0, 0.0, own)
     error = torch.nan_to_num(error + own, nan=math.inf, posinf=math.inf)
     overflow = value.abs() - error > precision.largest

@@ -1,18 +1,18 @@
 """SSD: prior matching, hard-negative mining and the MultiBox loss.
 
-The network predicts, for each of P fixed *priors*, four box offsets (``loc``) and C class logits (``conf``), class 0 being
-background. Every prior takes the ground truth it overlaps most, if by at least the threshold; before that, every ground
-truth gets the prior that overlaps it most, whatever the overlap. Positives train box and class; of all others only the
-*hard negatives*, those with the largest confidence loss, train the class, three for each positive of their image.
+The network predicts, for each of P fixed *priors*, four box offsets (``loc``) and C class logits (``conf``), class 0
+being background. Every prior takes the ground truth it overlaps most, if by at least the threshold; but first every
+ground truth gets the prior that overlaps it most, whatever the overlap. Positives train box and class; of all others
+only the *hard negatives*, those with the largest confidence loss, train the class, three a positive of their image.
 
 Stages, in the order data flows: `priors`, `jaccard`, `match`, `encode` (and its inverse `decode`), `log_sum_exp`,
 `hard_negatives`, `loss`. Boxes are in units of the image side, 0 to 1; those of the first two and the coding are in
 `detoracle.reference.ssd_boxes`.
 
 Quirks: an image without ground truth raises, and a batch without positives costs NaN; a ground truth that overlaps no
-prior is forced onto the first one, and of two that share a best prior the later one keeps it; the logarithm of sums behind
-the ranking subtracts the maximum of the *whole batch*, so that rows far below it become -inf; degenerate boxes make the
-loss infinite or NaN. Source: amdegroot/ssd.pytorch (MIT), described from its observed behaviour.
+prior is forced onto the first one, and of two that share a best prior the later one keeps it; the logarithm of sums
+behind the ranking subtracts the maximum of the *whole batch*, so that rows far below it become -inf; degenerate boxes
+make the loss infinite or NaN. Source: amdegroot/ssd.pytorch (MIT), described from its observed behaviour.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def match(
     """Which ground truth each prior is trained towards, and the targets that follow.
 
     A prior takes the ground truth it overlaps most, unless that overlap is below the threshold (a NaN is not). The best
-    prior of each ground truth takes *it*, in the order of the ground truths, so that the last of several that share a best
-    prior keeps it. A ground truth of class -1 trains as background. Ties: lowest index.
+    prior of each ground truth takes *it*, in the order of the ground truths, so that the last of several that share a
+    best prior keeps it. A ground truth of class -1 trains as background. Ties: lowest index.
 
     Parameters
     ----------
@@ -202,9 +202,9 @@ def _log_sum_exp(conf: Tensor) -> Tensor:
 def hard_negatives(conf: Tensor, gt_index: Tensor, gt_labels: Tensor, *, neg_pos: int = 3) -> Assignment:
     """Background priors that train the class: per image, those with the largest confidence loss.
 
-    All priors of an image are ranked by `log_sum_exp` minus the logit of their class, positives as if theirs were 0. The
-    first ``neg_pos`` times as many as there are positives, but at most P - 1, are negatives; a positive among them stays
-    a positive and counts once. NaN ranks first. Ties: lowest index.
+    The priors of an image are ranked by `log_sum_exp` minus the logit of their class, positives by 0 instead. The first
+    ``neg_pos`` times as many as there are positives, but at most P - 1, are negatives; a positive among them stays a
+    positive, counts once, and leaves that many negatives fewer. NaN ranks first. Ties: lowest index.
 
     Parameters
     ----------
@@ -238,13 +238,15 @@ def hard_negatives(conf: Tensor, gt_index: Tensor, gt_labels: Tensor, *, neg_pos
     """
     _check_neg_pos(neg_pos, where="ssd.hard_negatives")
     if not conf.numel():
-        raise InputError("conf", expected="an image, a prior and a class", got=str(tuple(conf.shape)), where="ssd.hard_negatives")
+        raise InputError(
+            "conf", expected="an image, a prior and a class", got=str(tuple(conf.shape)), where="ssd.hard_negatives"
+        )
     if gt_index.numel() and int(gt_index.max()) >= gt_labels.shape[1]:
         most = f"indices below {gt_labels.shape[1]}, the number of gt_labels of an image"
         raise InputError("gt_index", expected=most, got=str(int(gt_index.max())), where="ssd.hard_negatives")
     class_target = _class_of(gt_index, gt_labels)
     _check_class_target(class_target, conf.shape[-1], where="ssd.hard_negatives")
-    ranked_by = _mining_loss(conf, class_target)
+    ranked_by = _mining_loss(_log_sum_exp(conf), conf, class_target)
     positive = class_target > 0
     negative = _hardest(ranked_by, _num_negatives(positive, neg_pos)) & ~positive
     selected = torch.where(positive, gt_index.long(), torch.where(negative, BACKGROUND, IGNORED))
@@ -269,16 +271,16 @@ def _check_class_target(class_target: Tensor, num_classes: int, *, where: str) -
         if len(outside):
             raise UpstreamRaises(
                 "ssd.label-out-of-range",
-                expected=f"labels of matched ground truths from -1 to {num_classes - 2}, one less than the classes of conf",
+                expected=f"labels from -1 to {num_classes - 2}, as conf has {num_classes} classes with the background",
                 got=str(int(outside[0]) - 1),
                 where=f"{where}, image {image}",
             )
 
 
-def _mining_loss(conf: Tensor, class_target: Tensor) -> Tensor:
+def _mining_loss(log_sum_exp: Tensor, conf: Tensor, class_target: Tensor) -> Tensor:
     """Confidence loss (B, P) by which priors are ranked: 0 for positives."""
     of_class = conf.gather(-1, class_target[..., None])[..., 0]
-    return torch.where(class_target > 0, 0.0, _log_sum_exp(conf) - of_class)
+    return torch.where(class_target > 0, 0.0, log_sum_exp - of_class)
 
 
 def _num_negatives(positive: Tensor, neg_pos: int) -> Tensor:
@@ -368,12 +370,25 @@ def _loss(
     variances: Sequence[float],
 ) -> dict[str, Tensor]:
     """Loss of a given assignment: positives, hard negatives (-1), and priors that take no part (-2)."""
+    sums = _loss_sums(loc, conf, priors, gt_boxes, gt_labels, gt_index, variances)
+    localisation, classification = (total / (gt_index >= 0).sum() for total in sums)
+    return {"total": localisation + classification, "localisation": localisation, "classification": classification}
+
+
+def _loss_sums(
+    loc: Tensor,
+    conf: Tensor,
+    priors: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_index: Tensor,
+    variances: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Localisation and classification loss before the division by the number of positives."""
     positive, trained = gt_index >= 0, gt_index != IGNORED
     image, prior = positive.nonzero(as_tuple=True)
     loc_target = _encode(gt_boxes[image, gt_index[positive]], priors[prior], variances)
     class_target = _class_of(gt_index, gt_labels)[trained]
     localisation = F.smooth_l1_loss(loc[image, prior], loc_target, reduction="none").sum()
     classification = F.cross_entropy(conf[trained], class_target, reduction="none").sum()
-    number = positive.sum()
-    parts = {"localisation": localisation / number, "classification": classification / number}
-    return {"total": parts["localisation"] + parts["classification"], **parts}
+    return localisation, classification

@@ -101,7 +101,14 @@ def priors(
     lengths = [len(setting) for setting in maps]
     if len(set(lengths)) > 1 or not lengths[0]:
         raise InputError("feature_maps", expected="settings one a map", got=f"lengths {lengths}", where="ssd.priors")
-    numbers = [image_size, *feature_maps, *steps, *min_sizes, *max_sizes, *(a for ratios in aspect_ratios for a in ratios)]
+    numbers = [
+        image_size,
+        *feature_maps,
+        *steps,
+        *min_sizes,
+        *max_sizes,
+        *(a for ratios in aspect_ratios for a in ratios),
+    ]
     if min(numbers) <= 0:
         raise InputError("settings", expected="positive numbers", got=str(min(numbers)), where="ssd.priors")
     dtype, device = (torch.float32, None) if like is None else (like.dtype, like.device)

@@ -318,13 +318,7 @@ def assign(
     ([[0, -1]], [[1.0, 0.0]], [[[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]])
     """
     _require_images(scores, where="yolov8.assign")
-    num_classes = scores.shape[-1]
-    if gt_boxes.shape[1] == 0:
-        gt_index = torch.full(scores.shape[:2], BACKGROUND, device=scores.device)
-        labels = torch.full_like(gt_index, num_classes)
-        nothing = {"labels": labels, "boxes": torch.zeros_like(boxes), "scores": torch.zeros_like(scores)}
-        return Assignment(gt_index, scores.new_zeros(gt_index.shape), nothing)
-    _require_anchors(scores.shape[1], topk, where="yolov8.assign")
+    _require_anchors(scores.shape[1], topk, gt_boxes, where="yolov8.assign")
     metric, overlaps, in_gt = align(scores, boxes, anchor_points, gt_boxes, gt_labels, gt_valid, alpha=alpha, beta=beta)
     gt_index = torch.stack(
         [
@@ -333,13 +327,13 @@ def assign(
         ]
     )
     quality = _quality(gt_index, metric, overlaps)
-    labels, target_boxes, target_scores = _targets(gt_index, quality, gt_boxes, gt_labels, num_classes)
+    labels, target_boxes, target_scores = _targets(gt_index, quality, gt_boxes, gt_labels, scores.shape[-1])
     return Assignment(gt_index, quality, {"labels": labels, "boxes": target_boxes, "scores": target_scores})
 
 
-def _require_anchors(num_anchors: int, topk: int, *, where: str) -> None:
-    """Raise where top-k would."""
-    if num_anchors < topk:
+def _require_anchors(num_anchors: int, topk: int, gt_boxes: Tensor, *, where: str) -> None:
+    """Raise where top-k would, which also runs for padding."""
+    if gt_boxes.shape[1] and num_anchors < topk:
         raise UpstreamRaises("yolov8.few-anchors", expected=f"{topk} anchors or more", got=str(num_anchors), where=where)
 
 
@@ -353,6 +347,8 @@ def _claim(metric: Tensor, valid: Tensor, topk: int) -> Tensor:
 
 def _resolve(claims: Tensor, overlap: Tensor) -> Tensor:
     """Ground truth of each anchor, (A,), -1 where nobody claims; contested ones go to the largest overlap of all."""
+    if not len(claims):
+        return torch.full(claims.shape[1:], BACKGROUND, device=claims.device)
     claimants = claims.sum(0)
     only_claimant, largest_of_all = claims.int().argmax(0), overlap.argmax(0)
     return torch.where(claimants > 1, largest_of_all, torch.where(claimants == 1, only_claimant, BACKGROUND))
@@ -360,6 +356,8 @@ def _resolve(claims: Tensor, overlap: Tensor) -> Tensor:
 
 def _quality(gt_index: Tensor, metric: Tensor, overlaps: Tensor) -> Tensor:
     """Normalised metric (B, A) of an assignment. One NaN among an image's metrics makes the whole image NaN."""
+    if not metric.shape[1]:
+        return metric.new_zeros(gt_index.shape)
     positive = gt_index[:, None] == torch.arange(metric.shape[1], device=gt_index.device)[:, None]
     assigned = metric * positive
     best_metric, best_overlap = assigned.amax(-1, keepdim=True), (overlaps * positive).amax(-1, keepdim=True)
@@ -370,6 +368,9 @@ def _targets(
     gt_index: Tensor, quality: Tensor, gt_boxes: Tensor, gt_labels: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels (B, A), boxes (B, A, 4) and scores (B, A, C) that an assignment trains."""
+    if not gt_boxes.shape[1]:
+        boxes, scores = (quality.new_zeros(*gt_index.shape, size) for size in (4, num_classes))
+        return torch.full_like(gt_index, num_classes), boxes, scores
     first_if_none = gt_index.clamp(min=0)
     labels = gt_labels.gather(1, first_if_none).clamp(min=0)
     boxes = gt_boxes[torch.arange(len(gt_index), device=gt_index.device)[:, None], first_if_none]

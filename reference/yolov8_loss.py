@@ -265,7 +265,7 @@ def loss(
     >>> gt, one = torch.tensor([[[8.0, 8, 24, 24]]]), torch.ones(1, 1, dtype=torch.bool)
     >>> parts = loss(raw, [8], gt, torch.zeros(1, 1, dtype=torch.int64), one)
     >>> {name: round(float(part), 4) for name, part in parts.items()}
-    {'total': 0.0, 'box': 0.0, 'cls': 0.0, 'dfl': 0.0}
+    {'total': 5.5567, 'box': 0.0073, 'cls': 5.5452, 'dfl': 0.0041}
     """
     head = _head(raw, strides, reg_max)
     for image, valid in enumerate(gt_valid):

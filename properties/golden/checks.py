@@ -17,7 +17,7 @@ from detoracle.reference.rounding import Bounded, value_of
 
 __all__ = ["StageCheck", "discrete", "gradient", "raised", "uncovered", "within"]
 
-Status = Literal["equal", "ambiguous", "different", "unchecked"]
+Status = Literal["equal", "ambiguous", "different", "unchecked", "flavour"]
 
 
 @dataclass(frozen=True)

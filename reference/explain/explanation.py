@@ -96,9 +96,10 @@ class World:
         counted = [count.anchors for count in self.counts]
         free = sorted(self.choices.keys() - {anchor for anchors in counted for anchor in anchors.tolist()})
         ways = [partial(count.outcomes, self.gt_index[count.anchors]) for count in self.counts]
+        places: list[Tensor | int] = [*counted, *free]
         for picks in combinations_of([*ways, *(partial(self._options, anchor) for anchor in free)]):
             outcome = self.gt_index.clone()
-            for anchors, pick in zip([*counted, *free], picks, strict=True):
+            for anchors, pick in zip(places, picks, strict=True):
                 outcome[anchors] = pick
             if not self.wrong(outcome).any():
                 yield outcome

@@ -1,9 +1,7 @@
-"""Margins of SSD's decisions: best priors, best ground truths, the threshold, the ranking of negatives."""
+"""Explanations of SSD: the priors, and the assignment inside the loss, whose two halves have modules of their own."""
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +11,9 @@ from torch import Tensor
 
 from detoracle.reference import ssd
 from detoracle.reference.assignment import BACKGROUND, IGNORED
-from detoracle.reference.explain.explanation import Count, Explanation, World
+from detoracle.reference.explain.explanation import Explanation, World
+from detoracle.reference.explain.ssd_matching import explain_match, in_dtype
+from detoracle.reference.explain.ssd_mining import Ranking, explain_hard_negatives, explain_log_sum_exp
 from detoracle.reference.rounding import Bounded, Precision
 from detoracle.reference.ssd_boxes import VARIANCES
 
@@ -47,24 +47,48 @@ def explain_priors(*, dtype: torch.dtype = torch.float32, **settings: Any) -> Bo
     return Bounded(exact, _PRIOR_ROUNDINGS * precision.unit * exact, precision)
 
 
-# ----------------------------------------------------------------------------------------------------- matching
-def explain_match(
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Mined(World):
+    """One image's matching and, given who is positive, its hard negatives.
+
+    Attributes
+    ----------
+    matching : World
+    negatives : callable
+        Maps a matching (P,) to the world of its hard negatives.
+    """
+
+    matching: World
+    negatives: Callable[[Tensor], World]
+
+    def wrong(self, gt_index: Tensor) -> Tensor:
+        matched = gt_index.clamp(min=BACKGROUND)
+        return self.matching.wrong(matched) | self.negatives(matched).wrong(gt_index)
+
+    def outcomes(self) -> Iterator[Tensor]:
+        for matched in self.matching.outcomes():
+            yield from self.negatives(matched).outcomes()
+
+
+def explain_loss(
+    loc: Tensor,
+    conf: Tensor,
     priors: Tensor,
     gt_boxes: Tensor,
     gt_labels: Tensor,
     gt_valid: Tensor,
     *,
     threshold: float = 0.5,
+    neg_pos: int = 3,
     variances: Sequence[float] = VARIANCES,
     dtype: torch.dtype = torch.float32,
 ) -> Explanation:
-    """Explain `ssd.match`: same arguments, and the dtype whose rounding is to be allowed for.
+    """Explain what `ssd.loss` trains: positives by their ground truth, hard negatives -1, all other priors -2.
 
     Returns
     -------
     Explanation
-        Per image the admissible outcomes, with the margins of the decisions behind them. A ground truth that several
-        priors fit alike, such as one smaller than the smallest prior, may get any one of them.
+        The hard negatives are judged by the positives beside them, so that an open match leaves nothing else open.
 
     Raises
     ------
@@ -73,47 +97,73 @@ def explain_match(
 
     Examples
     --------
-    >>> boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]])
-    >>> gt, label = torch.tensor([[[0.3, 0.3, 0.7, 0.7]]]), torch.tensor([[0]])
-    >>> explain_match(boxes, gt, label, torch.ones(1, 1, dtype=torch.bool)).ambiguous.tolist()
-    [[True, True]]
+    >>> boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5], [0.25, 0.75, 0.5, 0.5]])
+    >>> gt, label, one = torch.tensor([[[0.0, 0, 0.5, 0.5]]]), torch.tensor([[0]]), torch.ones(1, 1, dtype=torch.bool)
+    >>> conf = torch.tensor([[[0.0, 1], [0, 0], [0, 1]]])
+    >>> explain_loss(torch.zeros(1, 3, 4), conf, boxes, gt, label, one, neg_pos=1).gt_index.tolist()
+    [[0, -2, -1]]
     """
-    bounded = [Bounded.exact(priors, dtype), Bounded.exact(gt_boxes, dtype)]
-    limit = float(torch.tensor(threshold, dtype=dtype))
-    overlaps, worlds = [], []
-    for image, valid in enumerate(gt_valid):
-        ssd._require_ground_truth(valid, where=f"ssd.match, image {image}")
-        overlap: Any = ssd._overlap(bounded[0], bounded[1][image])  # type: ignore[arg-type]
-        names = torch.where(gt_labels[image] >= 0, torch.arange(len(valid), device=valid.device), BACKGROUND)
-        overlaps.append(overlap)
-        worlds.append((_matching(overlap[valid], limit, names[valid]),))
-    stacked: Any = torch.stack(overlaps)
-    return Explanation(tuple(worlds), lambda gt_index: _quality(stacked, gt_index))
+    given = {"threshold": threshold, "variances": variances}
+    matched = ssd.match(priors, gt_boxes, gt_labels, gt_valid, **given)  # type: ignore[arg-type]
+    ssd._check_class_target(matched.extra["class_target"], conf.shape[-1], where="ssd.loss")
+    matching = explain_match(priors, gt_boxes, gt_labels, gt_valid, **given, dtype=dtype)  # type: ignore[arg-type]
+    ranking = Ranking.of(conf.detach(), dtype)
+    worlds = []
+    for image, (world,) in enumerate(matching.worlds):
+
+        def negatives(row: Tensor, image: int = image) -> World:
+            return ranking.negatives(image, row, neg_pos)
+
+        mined = negatives(world.gt_index)
+        choices = {p: options | {IGNORED} if BACKGROUND in options else options for p, options in world.choices.items()}
+        margin = torch.minimum(world.margin, mined.margin)
+        joint = {**mined.choices, **choices}
+        worlds.append((_Mined(mined.gt_index, margin, joint, matching=world, negatives=negatives),))
+    return Explanation(tuple(worlds), matching.quality)
 
 
-def _quality(overlaps: Bounded, gt_index: Tensor) -> Any:
-    """Overlap (B, P) that an assignment implies."""
-    matched: Any = overlaps.gather(1, gt_index.clamp(min=0)[:, None])[:, 0]
-    return torch.where(gt_index >= 0, matched, 0.0)
+def loss_given(
+    gt_index: Tensor,
+    loc: Tensor,
+    conf: Tensor,
+    priors: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_valid: Tensor,
+    *,
+    threshold: float = 0.5,
+    neg_pos: int = 3,
+    variances: Sequence[float] = VARIANCES,
+    dtype: torch.dtype | None = torch.float32,
+) -> dict[str, Bounded]:
+    """Loss of a given assignment, bounded; for a choice that rounding leaves open.
 
-
-@dataclass(frozen=True, eq=False)
-class _Matching(World):
-    """One image's matching, whose ambiguous anchors obey one more rule: every ground truth gets one best prior.
-
-    Attributes
+    Parameters
     ----------
-    names : tuple of int
-        Outcome of a prior that the ground truth in that place takes: its index, or background for class -1.
-    best_priors : tuple of tuple of int
-        Priors that could be the best one of each ground truth, the float64 one first.
-    unforced : Tensor (P,) int64
-        The float64 outcome of each prior if it were no ground truth's best.
-    unforced_choices : dict of int to frozenset of int
-        Its admissible outcomes then, where there are several.
+    gt_index : Tensor (B, P) int
+        Ground truth of each positive, -1 for hard negatives, -2 for priors that take no part. The rest is as for
+        `ssd.loss`.
+    dtype : torch.dtype or None
+        Dtype whose rounding is allowed for; None computes on the plain tensors, so that gradients flow.
+
+    Returns
+    -------
+    dict of str to Bounded
+        total, localisation, classification.
+
+    Examples
+    --------
+    >>> boxes, gt = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]]), torch.tensor([[[0.0, 0, 0.5, 0.5]]])
+    >>> given = (torch.zeros(1, 2, 4), torch.zeros(1, 2, 2), boxes, gt, torch.tensor([[0]]), torch.ones(1, 1).bool())
+    >>> parts = loss_given(torch.tensor([[0, -1]]), *given)
+    >>> bool(parts["total"].error < 1e-6)
+    True
     """
 
-    names: tuple[int, ...] = ()
-    best_priors: tuple[tuple[int, ...], ...] = ()
-    unforced: Tensor = torch.empty(0)
-    unforced_choices: dict[int, frozenset[int]] = None  # type: ignore[assignment]
+    def bounded(tensor: Tensor) -> Any:
+        return Bounded.exact(tensor, dtype) if dtype else tensor
+
+    scale = in_dtype(variances, dtype) if dtype else variances
+    return ssd._loss(  # type: ignore[return-value]
+        bounded(loc), bounded(conf), bounded(priors), bounded(gt_boxes), gt_labels, gt_index, scale
+    )
