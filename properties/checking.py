@@ -106,7 +106,7 @@ def judge_case(case: Case, expectation: Expectation, call: Call) -> Result:
     """
     verdict = expectation.judge(call(case.arguments))
     share = verdict.ambiguous / verdict.positives if verdict.positives else 0.0
-    generic = bool(case.scene.tags & {"random", "realistic"})
+    generic = bool(case.scene.tags & {"random", "realistic"}) and "crowd" not in case.scene.tags
     if generic and share > MOST_AMBIGUOUS and verdict.positives >= 1 / MOST_AMBIGUOUS:
         message = f"{verdict.ambiguous} of {verdict.positives} positives are ambiguous in a generic scene"
         finding = Finding(f"{expectation.operation.name}[ambiguity]", "", message, verdict.ambiguous)

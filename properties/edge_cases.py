@@ -134,10 +134,11 @@ def _conflicts() -> Iterator[Scene]:
         [(32 - half, 32 - half, 32 + half, 32 + half, label) for label, half in enumerate((30, 20, 12, 6))],
         tags="conflict",
     )
+    third: list[Row] = [(8, 8, 120, 120, 0), (52, 52, 84, 84, 1), (54, 52, 86, 84, 1)]
     yield _scene(
         "best-for-a-third",
-        "Anchors that the second and third claim predict the first, which claims others: who may win them?",
-        *[[(8, 8, 120, 120, 0), (52, 52, 84, 84, 1), (54, 52, 86, 84, 1)]] * 2,
+        "Anchors that the second and third claim, and the first does not, suit the first best.",
+        *[third, third],
         tags="conflict",
         size=(128, 128),
         predictor=Predictor("first-only"),

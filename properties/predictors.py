@@ -237,7 +237,8 @@ def box_with_iou(target: Tensor, iou: Tensor, *, generator: torch.Generator) -> 
     >>> round(float(iou_yolox(target, box, form="xyxy")), 5)
     0.75
     """
-    size_error, shape_error, place_error, *sides = torch.rand(5, len(target), generator=generator, dtype=torch.float32)
+    draws = torch.rand(5, len(target), generator=generator, dtype=torch.float32).to(target.dtype)
+    size_error, shape_error, place_error, *sides = draws
     area = iou ** (0.6 * (2 * size_error - 1))  # of the box, in areas of the target
     both = iou * (1 + area) / (1 + iou)  # the area they share that makes the IoU
     slack = both / area.clamp(max=1)  # ... of the largest they could share

@@ -185,7 +185,7 @@ def _groups(count: int, newness: float, generator: torch.Generator) -> tuple[Ten
     for box, alone in enumerate(founds.tolist()):
         founder.append(box if alone or box == 0 else founder[joined[box]])
     founders = torch.tensor(founder, dtype=torch.int64)
-    return founders.unique(return_inverse=True)[1], founders
+    return torch.unique(founders, return_inverse=True)[1], founders
 
 
 def _letterbox(image_size: tuple[int, int], aspect: float) -> Tensor:
@@ -200,7 +200,7 @@ def _sizes(preset: _Preset, rank: Tensor, group: Tensor, content: Tensor, genera
     by_count, by_image, by_group, by_box = (part / math.hypot(*preset.spread) for part in preset.spread)
     of_group = _normal(generator, count + 1, 2)[group]
     score = (
-        -by_count * _normal_score(_share_of_boxes(preset.counts, rank))
+        -by_count * torch.special.ndtri(_share_of_boxes(preset.counts, rank).clamp(0.001, 0.999))
         + by_image * _normal(generator, 1)
         + by_group * of_group[:, 0]
         + by_box * _normal(generator, count)
@@ -211,10 +211,6 @@ def _sizes(preset: _Preset, rank: Tensor, group: Tensor, content: Tensor, genera
     width = torch.minimum(side * aspect.sqrt(), content[0])
     height = torch.minimum(side**2 / width, content[1])
     return torch.stack([width, height], dim=1)
-
-
-def _normal_score(share: Tensor) -> Tensor:
-    return torch.special.ndtri(share.clamp(0.001, 0.999))
 
 
 def _share_of_boxes(counts: Knots, rank: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def _following_tags(scene: Scene) -> frozenset[str]:
         "few-anchors": sum(height * width for height, width in scene.level_sizes) < 13,
         "half-overflow": (size.prod(1) > torch.finfo(torch.float16).max).any(),
         "huge": (size >= image).all(1).any(),
-        "identical": any(len(boxes.unique(dim=0)) < len(boxes) for boxes in scene.gt_boxes if len(boxes)),
+        "identical": any(len(set(map(tuple, boxes.tolist()))) < len(boxes) for boxes in scene.gt_boxes),
         "many-classes": scene.num_classes >= 128,
         "many-gts": max(counts) > 128,
         "negative-sum": ((boxes.sum(1) <= 0) | (row_sum <= 0)).any(),

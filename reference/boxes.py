@@ -15,7 +15,7 @@ from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError
 from detoracle.reference.rounding import known_range
 
-__all__ = ["cxcywh_to_xyxy", "iou_loss_yolox", "iou_ultralytics", "iou_yolox", "xyxy_to_cxcywh"]
+__all__ = ["cxcywh_to_xyxy", "iou_loss_yolox", "iou_ultralytics", "iou_yolox", "overlaps_mmdet", "xyxy_to_cxcywh"]
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -148,12 +148,15 @@ def _strict_intersection(corners_a: Tensor, corners_b: Tensor) -> Tensor:
 
 
 @operation(
-    "boxes.iou_ultralytics", kind="values", gradients=("boxes_a", "boxes_b"), source="ultralytics 8.1.30 to 8.2.42, box IoU"
+    "boxes.iou_ultralytics",
+    kind="values",
+    gradients=("boxes_a", "boxes_b"),
+    source="ultralytics 8.2.0 (AGPL-3.0), box IoU",
 )
 def iou_ultralytics(
     boxes_a: Tensor, boxes_b: Tensor, *, form: str = "xyxy", mode: str = "iou", eps: float = 1e-7
 ) -> Tensor:
-    """IoU, GIoU, DIoU or CIoU as ultralytics computes them: epsilon in the denominators, and in the heights of xyxy boxes.
+    """IoU, GIoU, DIoU or CIoU as ultralytics computes them: epsilon in denominators, and in the heights of xyxy boxes.
 
     Boxes broadcast on all but the last dimension, and the result keeps a last dimension of 1: a caller who drops it on
     one side only turns N pairs into (N, N). The CIoU's weight *alpha* is a constant for the gradient. With ``cxcywh``,
@@ -189,13 +192,10 @@ def iou_ultralytics(
     >>> iou_ultralytics(torch.zeros(5, 4), torch.zeros(1, 4)).shape
     torch.Size([5, 1])
     """
-    try:
-        torch.broadcast_shapes(boxes_a.shape, boxes_b.shape)
-    except RuntimeError as error:
-        expected = f"leading dimensions that broadcast with {tuple(boxes_a.shape[:-1])}"
-        raise InputError(
-            "boxes_b", expected=expected, got=str(tuple(boxes_b.shape[:-1])), where="boxes.iou_ultralytics"
-        ) from error
+    leading_a, leading_b = tuple(boxes_a.shape[:-1]), tuple(boxes_b.shape[:-1])
+    if any(a != b and 1 not in (a, b) for a, b in zip(leading_a[::-1], leading_b[::-1], strict=False)):
+        expected = f"leading dimensions that broadcast with {leading_a}"
+        raise InputError("boxes_b", expected=expected, got=str(leading_b), where="boxes.iou_ultralytics")
     left_top_a, right_bottom_a, width_a, height_a = _ultralytics_sides(boxes_a, form, eps)
     left_top_b, right_bottom_b, width_b, height_b = _ultralytics_sides(boxes_b, form, eps)
     sides = torch.minimum(right_bottom_a, right_bottom_b) - torch.maximum(left_top_a, left_top_b)
@@ -234,3 +234,79 @@ def _ultralytics_sides(boxes: Tensor, form: str, eps: float) -> tuple[Tensor, Te
 def _product_of_sides(sides: Tensor) -> Tensor:
     """(..., 2) to (..., 1)."""
     return sides[..., :1] * sides[..., 1:]
+
+
+@operation(
+    "boxes.overlaps_mmdet", kind="values", gradients=("boxes_a", "boxes_b"), source="mmdetection 2.28 and 3.x, box overlaps"
+)
+def overlaps_mmdet(
+    boxes_a: Tensor, boxes_b: Tensor, *, mode: str = "iou", aligned: bool = False, eps: float = 1e-6
+) -> Tensor:
+    """IoU, intersection over foreground, or GIoU as mmdetection computes them: denominators are at least `eps`.
+
+    Boxes without area overlap nothing (0, never NaN); inverted boxes have areas with the sign of their sides' product.
+    In half precision everything is computed in half, `eps` included.
+
+    Parameters
+    ----------
+    boxes_a : Tensor (..., G, 4) float
+        xyxy in pixels.
+    boxes_b : Tensor (..., N, 4) float
+        xyxy in pixels; the same leading dimensions, and with `aligned` the same number of boxes.
+    mode : {"iou", "iof", "giou"}
+        Denominator of the intersection: the union, or for ``iof`` the area of the *first* box. ``giou`` subtracts from the
+        IoU the share of the enclosing box that neither covers.
+    aligned : bool
+        Row by row instead of every pair.
+    eps : float
+        Smallest denominator in square pixels.
+
+    Returns
+    -------
+    overlap : Tensor (...) float
+        Every pair (..., G, N), or row by row (..., G).
+
+    Raises
+    ------
+    InputError
+        If leading dimensions differ, or aligned boxes are not equally many.
+
+    Examples
+    --------
+    >>> a, b = torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2], [8.0, 0, 10, 2]])
+    >>> overlaps_mmdet(a, b, mode="iof").tolist()
+    [[0.5, 0.0]]
+    >>> [round(v, 4) for v in overlaps_mmdet(a, b, mode="giou").tolist()[0]]
+    [0.3333, -0.6]
+    >>> overlaps_mmdet(torch.zeros(0, 4), b).shape, overlaps_mmdet(b, b, aligned=True).shape
+    (torch.Size([0, 2]), torch.Size([2]))
+    """
+    alike = slice(None, -1 if aligned else -2)
+    if boxes_a.shape[alike] != boxes_b.shape[alike]:
+        expected = f"{'as many boxes' if aligned else 'leading dimensions'} as boxes_a, {tuple(boxes_a.shape[alike])}"
+        raise InputError(
+            "boxes_b", expected=expected, got=str(tuple(boxes_b.shape[alike])), where="boxes.overlaps_mmdet"
+        )
+    return _overlaps_mmdet(boxes_a, boxes_b, mode, aligned, eps)
+
+
+def _overlaps_mmdet(boxes_a: Tensor, boxes_b: Tensor, mode: str, aligned: bool, eps: float) -> Tensor:
+    first, second = (boxes_a, boxes_b) if aligned else (boxes_a[..., :, None, :], boxes_b[..., None, :, :])
+    area = _area(first[..., 2:] - first[..., :2])
+    left_top, right_bottom = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
+    intersection = _area(torch.clamp(right_bottom - left_top, min=0))
+    least = area.new_tensor(eps)
+    if mode == "iof":
+        return intersection / torch.maximum(area, least)
+    union = torch.maximum(area + _area(second[..., 2:] - second[..., :2]) - intersection, least)
+    iou = intersection / union
+    if mode == "iou":
+        return iou
+    left_top, right_bottom = torch.minimum(first[..., :2], second[..., :2]), torch.maximum(first[..., 2:], second[..., 2:])
+    enclosure = torch.maximum(_area(torch.clamp(right_bottom - left_top, min=0)), least)
+    return iou - (enclosure - union) / enclosure
+
+
+def _area(sides: Tensor) -> Tensor:
+    """(..., 2) to (...)."""
+    return sides[..., 0] * sides[..., 1]

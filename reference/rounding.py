@@ -249,7 +249,7 @@ def known(x: Any) -> Any:
 
 
 def known_range(x: Any, low: float, high: float | Tensor) -> Any:
-    """State a fact about a result: it lies in a range, however it is rounded. Tightens a bound; a tensor stays as it is.
+    """State that a result lies in a range, however it is rounded. Tightens a bound; a tensor stays as it is.
 
     Examples
     --------
@@ -285,24 +285,23 @@ def _split(x: Any, like: Bounded | None = None) -> tuple[Any, Any]:
 def _rounded(value: Tensor, error: Tensor, precision: Precision, units: float = 1.0) -> Bounded:
     """Add the operation's own rounding; emulate the precision's overflow and underflow."""
     value = torch.as_tensor(value)
-    fraction, _ = torch.frexp(value)
-    robust = torch.ldexp(fraction, torch.tensor(precision.bits, device=value.device))
-    exact = (robust == robust.round()) if units <= 1 else value == 0
-    flushed = precision.smallest * (value.abs() < precision.smallest)
-    exact = exact & (error == 0) & (value.abs() >= precision.smallest)  # only if the operands were
-    own = torch.where(exact, 0.0, units * precision.unit * value.abs() + flushed)
-    own = torch.where(value == 0, 0.0, own)
+    magnitude = value.abs()
+    own = units * precision.unit * magnitude + precision.smallest * (magnitude < precision.smallest)
+    from_exact = error == 0
+    if bool(from_exact.any()):  # an exact operand may give an exact result; everything else commits a rounding
+        exact = value == 0
+        if units <= 1:
+            scaled = torch.ldexp(torch.frexp(value)[0], torch.tensor(precision.bits, device=value.device))
+            exact = exact | ((scaled == scaled.round()) & (magnitude >= precision.smallest))
+        own = own.masked_fill(exact & from_exact, 0.0)
     error = torch.nan_to_num(error + own, nan=math.inf, posinf=math.inf)
-    overflow = value.abs() - error > precision.largest
-    value = torch.where(overflow, value.sign() * math.inf, value)
-    error = torch.where(overflow | value.isinf(), 0.0, error)
-    return Bounded(
-        value,
-        torch.where(value.abs() + error > precision.largest, math.inf * (error > 0), error).nan_to_num(
-            nan=0.0, posinf=math.inf
-        ),
-        precision,
-    )
+    if not bool((magnitude + error).amax() <= precision.largest if value.numel() else True):
+        overflow = magnitude - error > precision.largest
+        value = torch.where(overflow, value.sign() * math.inf, value)
+        error = torch.where(overflow | value.isinf(), 0.0, error)
+        error = torch.where(value.abs() + error > precision.largest, math.inf * (error > 0), error)
+        error = error.nan_to_num(nan=0.0, posinf=math.inf)
+    return Bounded(value, error, precision)
 
 
 def _linear(operation: Callable[[Any, Any], Tensor]) -> Callable[..., Bounded]:
@@ -553,6 +552,12 @@ def _like(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, *args, **kwargs: function(x.value, *args, **kwargs)
 
 
+def _new_tensor(x: Bounded, data: Any) -> Bounded:
+    """Constants in the precision, which may not hold them exactly."""
+    value = x.value.new_tensor(data)
+    return _rounded(value, torch.zeros_like(value), x.precision)
+
+
 def _square(x: Bounded) -> Bounded:
     return _mul(x, x)
 
@@ -624,7 +629,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "cat": _joined(torch.cat), "stack": _joined(torch.stack), "unbind": _unbind, "split": _split_sizes,
     "split_with_sizes": _split_sizes, "detach": lambda x: x, "zeros_like": _like(torch.zeros_like),
     "ones_like": _like(torch.ones_like), "full_like": _like(torch.full_like), "double": lambda x: x,
-    "new_zeros": _like(Tensor.new_zeros), "new_full": _like(Tensor.new_full), "new_tensor": _like(Tensor.new_tensor),
+    "new_zeros": _like(Tensor.new_zeros), "new_full": _like(Tensor.new_full), "new_tensor": _new_tensor,
     "numel": _like(Tensor.numel), "size": _like(Tensor.size), "dim": _like(Tensor.dim), "to": lambda x, *_, **__: x,
     "isnan": _like(torch.isnan), "isfinite": _like(torch.isfinite), "isinf": _like(torch.isinf),
     "add": _linear(lambda a, b: a + b), "sub": _linear(lambda a, b: a - b), "mul": _mul, "div": _div,

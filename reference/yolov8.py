@@ -1,20 +1,23 @@
-"""YOLOv8: anchor points, padded ground truths and task-aligned assignment (TAL). `yolov8_loss` decodes boxes and trains them.
+"""YOLOv8: anchor points, padded ground truths and task-aligned assignment (TAL).
 
-An anchor point per grid cell predicts one box and C class scores. Per image, every ground truth claims the k anchors with the
-best *alignment metric*, class score ** alpha times CIoU ** beta; a claim counts only where the anchor lies inside the
-box; an anchor that several claim goes to the largest CIoU. Positives then train towards the metric, scaled so that
-each ground truth's best anchor gets its best CIoU.
+An anchor point per grid cell predicts one box and C class scores. Per image, every ground truth claims the k anchors
+with the best *alignment metric*, class score ** alpha times CIoU ** beta; a claim counts only where the anchor lies
+inside the box; an anchor that several claim goes to the largest CIoU. Positives then train towards the metric, scaled
+so that each ground truth's best anchor gets its best CIoU.
 
-Quirks, all faithful: a ground truth with fewer than k anchors of positive metric also claims anchors of metric zero, in
-top-k's unspecified order; a contested anchor goes to the best of *all* ground truths, and so to the first one of the image
-where every CIoU is 0; a class of -1 reads the last class's score and trains class 0; boxes of coordinate sum <= 0 pass for padding.
+Quirks, all faithful: a ground truth with fewer than k anchors of positive metric also claims anchors of metric zero,
+in top-k's unspecified order; a contested anchor goes to the best of *all* ground truths, and so to the first one of
+the image where every CIoU is 0; a class of -1 reads the last class's score and trains class 0; boxes of coordinate
+sum <= 0 pass for padding.
 
-Stages, in the order data flows: `anchor_points`, `pad_targets`, `align`, `assign`.
+Stages, in the order data flows: `anchor_points`, `pad_targets`, `align`, `assign`. `yolov8_loss` decodes boxes and
+computes the loss.
 Source: ultralytics 8.2.0 (AGPL-3.0; 8.1.30 to 8.2.42 behave alike), described from its observed behaviour.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -110,7 +113,7 @@ def pad_targets(
     ([[16.0, 12.0, 48.0, 20.0], [0.0, 0.0, 32.0, 16.0]], [[0, 0], [7, 3]], [[False, False], [True, True]])
     """
     rows = [(batch_index == image).nonzero().flatten().tolist() for image in range(batch_size)]
-    largest = int(batch_index.unique(return_counts=True)[1].max()) if len(batch_index) else 0
+    largest = max(Counter(batch_index.tolist()).values(), default=0)
     padding = len(batch_index)  # index of a row of zeros after the last ground truth
     slots = [image + [padding] * (largest - len(image)) for image in rows]
     slot = torch.tensor(slots, dtype=torch.int64, device=labels.device).reshape(batch_size, largest)
@@ -243,9 +246,7 @@ def _overlap(boxes: Tensor, gt_boxes: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts, ciou[..., 0].clamp(min=0), 0.0)
 
 
-def _metric(
-    scores: Tensor, overlap: Tensor, gt_labels: Tensor, counts: Tensor, alpha: float, beta: float
-) -> Tensor:
+def _metric(scores: Tensor, overlap: Tensor, gt_labels: Tensor, counts: Tensor, alpha: float, beta: float) -> Tensor:
     """Alignment metric (G, A) of one image."""
     of_class = scores[:, gt_labels % scores.shape[1]].transpose(0, 1)  # class -1 reads the last one's score
     return torch.where(counts, of_class, 0.0) ** alpha * overlap**beta
@@ -334,7 +335,9 @@ def assign(
 def _require_anchors(num_anchors: int, topk: int, gt_boxes: Tensor, *, where: str) -> None:
     """Raise where top-k would, which also runs for padding."""
     if gt_boxes.shape[1] and num_anchors < topk:
-        raise UpstreamRaises("yolov8.few-anchors", expected=f"{topk} anchors or more", got=str(num_anchors), where=where)
+        raise UpstreamRaises(
+            "yolov8.few-anchors", expected=f"{topk} anchors or more", got=str(num_anchors), where=where
+        )
 
 
 def _claim(metric: Tensor, valid: Tensor, topk: int) -> Tensor:

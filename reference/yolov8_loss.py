@@ -1,12 +1,13 @@
-"""YOLOv8's loss: boxes from distributions of distances, and CIoU, DFL and class loss on the task-aligned assignment.
+"""YOLOv8's loss: boxes from distributions of distances, and CIoU, DFL and class loss on the assignment.
 
-For each side of a box the head predicts a distribution over R distances (``reg_max``), 0 to R-1 cells from the anchor point;
-the box is where their means are. A positive is trained by its CIoU and, side by side, by the cross entropy to the two
-bins next to its true distance (*distribution focal loss*), both weighted by its quality; every anchor's class logits by
-binary cross entropy towards the quality.
+For each side of a box the head predicts a distribution over R distances (``reg_max``), 0 to R-1 cells from the anchor
+point; the box is where their means are. A positive is trained by its CIoU and, side by side, by the cross entropy to
+the two bins next to its true distance (*distribution focal loss*), both weighted by its quality; every anchor's class
+logits by binary cross entropy towards the quality.
 
-Quirks, all faithful: a true distance beyond R-1 bins is clamped to R-1.01, so large objects on fine levels are trained to be cropped; the total is
-multiplied by the batch size, the parts are not; in float16 the class sum of a 640 pixel image overflows to infinity.
+Quirks, all faithful: a true distance beyond R-1 bins is clamped to R-1.01, so large objects on fine levels are
+trained to be cropped; the total is multiplied by the batch size, the parts are not; in float16 the class sum of a
+640 pixel image overflows to infinity.
 
 Stages, in the order data flows: `dfl_decode` and `dist2bbox` (then `yolov8.assign`), `bbox2dist`, `dfl_loss`, `loss`.
 Source: ultralytics 8.2.0 (AGPL-3.0; 8.1.30 to 8.2.42 behave alike), described from its observed behaviour.
@@ -84,7 +85,8 @@ class DFL(nn.Module):
         super().__init__()
         self.bins = bins
         # Drawing initial weights would advance the caller's random numbers.
-        self.conv = nn.utils.skip_init(nn.Conv2d, bins, 1, kernel_size=1, bias=False).requires_grad_(False)
+        self.conv = nn.utils.skip_init(nn.Conv2d, bins, 1, kernel_size=1, bias=False)  # type: ignore[no-untyped-call]
+        self.conv.requires_grad_(False)
         self.conv.weight.copy_(torch.arange(bins).reshape(1, bins, 1, 1))
 
     def forward(self, box_logits: Tensor) -> Tensor:
@@ -92,7 +94,9 @@ class DFL(nn.Module):
         batch, channels, anchors = box_logits.shape
         if channels != 4 * self.bins:
             expected = f"shape (B, {4 * self.bins}, A)"
-            raise InputError("box_logits", expected=expected, got=f"shape {tuple(box_logits.shape)}", where="yolov8.DFL")
+            raise InputError(
+                "box_logits", expected=expected, got=f"shape {tuple(box_logits.shape)}", where="yolov8.DFL"
+            )
         probability = box_logits.reshape(batch, 4, self.bins, anchors).softmax(2)
         distances: Tensor = self.conv(probability.transpose(1, 2))
         return distances.reshape(batch, 4, anchors)
@@ -154,7 +158,7 @@ def bbox2dist(anchor_points: Tensor, boxes: Tensor, *, reg_max: int = 16) -> Ten
 # ----------------------------------------------------------------------------------------------------- 3. losses
 @operation("yolov8.dfl_loss", kind="values", gradients=("box_logits",), source=_SOURCE)
 def dfl_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
-    """Distribution focal loss: cross entropy to the bins left and right of the target, by nearness, mean of the four sides.
+    """Distribution focal loss: cross entropy to the bins left and right of the target, by nearness.
 
     Parameters
     ----------
@@ -166,7 +170,7 @@ def dfl_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
     Returns
     -------
     loss : Tensor (N,) float
-        One loss a box, unreduced.
+        Mean of the four sides, one a box.
 
     Raises
     ------
@@ -214,9 +218,9 @@ def loss(
 ) -> dict[str, Tensor]:
     """Training loss of a batch, and its gradient to the head maps.
 
-    total = (box + cls + dfl) * B. Each part is a sum over the batch, divided by the sum of all target scores (at least 1), times
-    its gain: of (1 - CIoU) * quality in cells and of DFL * quality over positives, of binary cross entropy over all logits. No gradient
-    flows through the assignment, nor from the parts.
+    total = (box + cls + dfl) * B. Each part is a sum over the batch, divided by the sum of all target scores (at
+    least 1), times its gain: of (1 - CIoU) * quality in cells and of DFL * quality over positives, of binary cross
+    entropy over all logits. No gradient flows through the assignment, nor from the parts.
 
     Parameters
     ----------

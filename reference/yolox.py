@@ -342,9 +342,8 @@ def _cost(
     iou = iou_yolox.__wrapped__(gt_boxes, predictions[:, :4])  # type: ignore[attr-defined]
     if not len(gt_labels):
         return iou, iou
-    iou_cost = -torch.log(iou + 1e-8)
-    penalty = flavour.penalty * (~geometry)
-    return _class_cost(predictions, gt_labels, where=where) + _IOU_COST_WEIGHT * iou_cost + penalty, iou
+    total = _class_cost(predictions, gt_labels, where=where) + _IOU_COST_WEIGHT * -torch.log(iou + 1e-8)
+    return torch.where(geometry, total, total + flavour.penalty), iou
 
 
 def _class_cost(predictions: Tensor, gt_labels: Tensor, *, where: str) -> Tensor:
@@ -365,7 +364,8 @@ def _class_cost(predictions: Tensor, gt_labels: Tensor, *, where: str) -> Tensor
     log_is = torch.clamp(torch.log(probability), min=-100)
     log_is_not = torch.clamp(torch.log1p(-probability), min=-100)
     classes = torch.arange(num_classes, device=gt_labels.device)
-    return torch.stack([-torch.where(classes == label, log_is, log_is_not).sum(-1) for label in gt_labels])
+    present, row = gt_labels.unique(return_inverse=True)
+    return torch.stack([-torch.where(classes == label, log_is, log_is_not).sum(-1) for label in present])[row]
 
 
 # ------------------------------------------------------------------------------------- 4. and 5. dynamic k, conflicts

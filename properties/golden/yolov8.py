@@ -38,8 +38,8 @@ def replay(scene: Recorded) -> Iterator[StageCheck]:
     Yields
     ------
     StageCheck
-        One for each recorded output, and one for the exception, if any. What a recording of another flavour does otherwise has the
-        status ``flavour``: it is no oracle's.
+        One for each recorded output, and one for the exception, if any. What a recording of another flavour does
+        otherwise has the status ``flavour``: it is no oracle's.
     """
     stages = next(s for key, s in _KINDS.items() if scene.has(key))
     checks = []
@@ -68,7 +68,7 @@ def _iou(scene: Recorded) -> Iterator[StageCheck]:
             stage = f"{mode}.{name}"
             expected: Any = iou_ultralytics.__wrapped__(_bounded(first), _bounded(second), form=form, mode=mode)  # type: ignore[attr-defined]
             yield within(stage, scene.tensor(f"out/{stage}"), expected)
-            gradients = []
+            gradients: list[Tensor] = []
             for dtype in (torch.float64, _FLOAT):
                 leaf = first.to(dtype).requires_grad_()
                 iou = iou_ultralytics(leaf, second.to(dtype), form=form, mode=mode)
@@ -94,7 +94,8 @@ def _distances(scene: Recorded) -> Iterator[StageCheck]:
 def _distribution(scene: Recorded) -> Iterator[StageCheck]:
     target = scene.tensor("in/target")
     logits = scene.tensor("in/logits").reshape(len(target), -1)
-    error, gradients = None, []
+    error = None
+    gradients: list[Tensor] = []
     given = target.clone()
     try:
         for dtype in (torch.float64, _FLOAT):
@@ -128,7 +129,7 @@ def _losses(scene: Recorded) -> Iterator[StageCheck]:
     yield from _whole_assignment(scene, arguments, gt_index)
     if scene.has("out/mask_in_gts"):
         yield from _assignment(scene, arguments)
-    yield from _targets(scene, arguments, gt_index)
+    yield from _targets(scene, gt_index)
     yield from _positives(scene, arguments, gt_index)
     yield from _sums(scene, arguments, gt_index)
 
@@ -205,7 +206,7 @@ def _whole_assignment(scene: Recorded, arguments: dict[str, Any], gt_index: Tens
     yield discrete("target_gt_idx", got, scene.tensor("out/target_gt_idx"), open_=open_)
 
 
-def _recorded_inputs(scene: Recorded, arguments: dict[str, Any]) -> dict[str, Tensor]:
+def _recorded_inputs(scene: Recorded) -> dict[str, Tensor]:
     """Recorded inputs of the assignment."""
     targets, strides = scene.tensor("out/targets"), scene.tensor("out/stride_tensor")
     return {
@@ -219,7 +220,7 @@ def _recorded_inputs(scene: Recorded, arguments: dict[str, Any]) -> dict[str, Te
 
 def _assignment(scene: Recorded, arguments: dict[str, Any]) -> Iterator[StageCheck]:
     """Each stage of the assignment from the recorded results of the stage before."""
-    given = _recorded_inputs(scene, arguments)
+    given = _recorded_inputs(scene)
     metric: Any
     overlaps: Any
     in_gt: Any
@@ -249,15 +250,17 @@ def _assignment(scene: Recorded, arguments: dict[str, Any]) -> Iterator[StageChe
     yield discrete("fg_count", gt_index >= 0, scene.tensor("out/fg_count"))
 
 
-def _targets(scene: Recorded, arguments: dict[str, Any], gt_index: Tensor) -> Iterator[StageCheck]:
+def _targets(scene: Recorded, gt_index: Tensor) -> Iterator[StageCheck]:
     """Training targets of the recorded assignment."""
-    given = _recorded_inputs(scene, arguments)
+    given = _recorded_inputs(scene)
     num_classes = int(scene.tensor("in/nc"))
     empty = torch.zeros(len(gt_index), 0, gt_index.shape[1])
     metric, overlaps = (
-        _bounded(scene.tensor(f"out/{name}") if scene.has(f"out/{name}") else empty) for name in ("align_metric", "overlaps")
+        _bounded(scene.tensor(f"out/{name}") if scene.has(f"out/{name}") else empty)
+        for name in ("align_metric", "overlaps")
     )
     quality: Any = yolov8._quality(gt_index, metric, overlaps)
+    scores: Any
     labels, boxes, scores = yolov8._targets(gt_index, quality, given["gt_boxes"], given["gt_labels"], num_classes)
     yield discrete("target_labels", labels, scene.tensor("out/target_labels"))
     yield discrete("target_bboxes", boxes, scene.tensor("out/target_bboxes"))
@@ -265,8 +268,8 @@ def _targets(scene: Recorded, arguments: dict[str, Any], gt_index: Tensor) -> It
         one = torch.ones_like(gt_index)
         one_hot = yolov8._targets(gt_index, one, given["gt_boxes"], given["gt_labels"], num_classes)[2]
         yield discrete("target_onehot", one_hot, scene.tensor("out/target_onehot"))
-    expected: Any = _bounded(scores) if isinstance(scores, Tensor) else scores
-    yield within("target_scores", scene.tensor("out/target_scores"), expected)
+    scores = _bounded(scores) if isinstance(scores, Tensor) else scores
+    yield within("target_scores", scene.tensor("out/target_scores"), scores)
     if scene.has("out/target_scores_sum"):
         total = _bounded(scene.tensor("out/target_scores")).sum().clamp(min=1)
         yield within("target_scores_sum", scene.tensor("out/target_scores_sum"), total)

@@ -44,9 +44,9 @@ def explain_assign(
 ) -> Explanation:
     """Explain `yolov8.assign`: same arguments, and the dtype whose rounding is to be allowed for.
 
-    A ground truth with fewer than k anchors of positive metric fills up with anchors of metric zero, inside it or outside, in
-    top-k's unspecified order; only those inside count. So of its zero-metric anchors inside, any are right, as
-    many as fit.
+    A ground truth with fewer than k anchors of positive metric fills up with anchors of metric zero, inside it or
+    outside, in top-k's unspecified order; only those inside count. So of its zero-metric anchors inside, any are
+    right, as many as fit.
 
     Returns
     -------
@@ -66,13 +66,18 @@ def explain_assign(
     >>> explain_assign(torch.ones(1, 2, 1), apart, points, gt, label, one, topk=1).ambiguous.tolist()
     [[True, True]]
     """
-    floats = [Bounded.exact(t, dtype) if isinstance(t, Tensor) else t for t in (scores, boxes, anchor_points, gt_boxes)]
-    pairs = _pairs(*floats, gt_labels, gt_valid, topk, alpha, beta, where="yolov8.assign")
+    predicted, given, points, targets = (
+        Bounded.exact(t, dtype) if isinstance(t, Tensor) else t for t in (scores, boxes, anchor_points, gt_boxes)
+    )
+    where = "yolov8.assign"
+    pairs = _pairs(predicted, given, points, targets, gt_labels, gt_valid, topk, alpha, beta, where=where)
     return _explanation(pairs, topk, dtype)
 
 
 def _explanation(pairs: Sequence[_Pairs], topk: int, dtype: torch.dtype) -> Explanation:
-    return Explanation(tuple(_worlds(image, topk) for image in pairs), lambda gt_index: _quality(gt_index, pairs, dtype))
+    return Explanation(
+        tuple(_worlds(image, topk) for image in pairs), lambda gt_index: _quality(gt_index, pairs, dtype)
+    )
 
 
 class _Pairs(NamedTuple):
@@ -119,7 +124,7 @@ def _pairs(
 
 
 def _overlap(boxes: Any, gt_boxes: Any, every: Tensor) -> Any:
-    """Overlap, known not to exceed the DIoU: a prediction too small for its aspect ratio to be known still has none afar."""
+    """Overlap, known not to exceed the DIoU: a speck whose aspect ratio rounding decides still has none from afar."""
     overlap = yolov8._overlap(boxes, gt_boxes, every)
     if not isinstance(overlap, Bounded):
         return overlap
@@ -137,18 +142,20 @@ def _worlds(pairs: _Pairs, topk: int) -> tuple[World, ...]:
 
 
 def _decision(x: Tensor | Decision) -> Decision:
-    return x if isinstance(x, Decision) else Decision(x, torch.full(x.shape, math.inf, dtype=torch.float64))
+    return x if isinstance(x, Decision) else Decision(x, torch.full_like(x, math.inf, dtype=torch.float64))
 
 
 def _world(pairs: _Pairs, counts: Tensor, topk: int) -> World:
     metric, overlap = pairs.settled(counts)
     num_gts, num_anchors = counts.shape
     missing = metric.value.isnan()  # NaN is the largest to top-k
-    cost = Bounded((-metric.value).masked_fill(missing, -math.inf), metric.error.masked_fill(missing, 0), metric.precision)
+    cost = Bounded(
+        (-metric.value).masked_fill(missing, -math.inf), metric.error.masked_fill(missing, 0), metric.precision
+    )
     k = torch.full((num_gts,), topk, device=counts.device)
     claims = claim_decisions(cost, k, k, torch.full((num_gts,), math.inf, device=counts.device), k)
 
-    # The claims that are open are shared out among tied anchors inside and outside the box, and only those inside count.
+    # The claims that are open are shared out among tied anchors inside and outside the box; only those inside count.
     maybe = claims.possible & ~claims.definite
     certain, left = (claims.definite & counts).sum(1), topk - claims.definite.sum(1)
     fewest = certain + (left - (maybe & ~counts).sum(1)).clamp(min=0)
@@ -193,7 +200,8 @@ def explain_loss(
 ) -> Explanation:
     """Explain the assignment inside `yolov8.loss`, the rounding of the decoding included.
 
-    Which anchors of metric and overlap zero fill up a ground truth's claims has no effect on the loss, so it is no choice here.
+    Which anchors of metric and overlap zero fill up a ground truth's claims has no effect on the loss, so it is no
+    choice here.
 
     Returns
     -------
@@ -203,7 +211,9 @@ def explain_loss(
     Examples
     --------
     >>> gt, one = torch.tensor([[[8.0, 8, 24, 24]]]), torch.ones(1, 1, dtype=torch.bool)
-    >>> explain_loss([torch.zeros(1, 65, 4, 4)], [8], gt, torch.zeros(1, 1, dtype=torch.int64), one).gt_index.sum().item()
+    >>> explain_loss(
+    ...     [torch.zeros(1, 65, 4, 4)], [8], gt, torch.zeros(1, 1, dtype=torch.int64), one
+    ... ).gt_index.sum().item()
     -12
     """
     *_, pairs = _decoded(raw, strides, gt_boxes, gt_labels, gt_valid, reg_max, topk, alpha, beta, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,23 +154,21 @@ def explain_assign(
             continue
         near, preferred = yolox._candidates(points, strides, boxes[image, valid], rules)  # type: ignore[arg-type]
         yolox._require_candidates(near.value.any(0), where=f"yolox.assign, image {image}")
-        relations = torch.stack([near, preferred])
 
-        def world(settled: Tensor, image: int = image, valid: Tensor = valid) -> World:
-            candidate, geometry = settled[0].any(0), settled[1][:, settled[0].any(0)]
+        def world(candidate: Tensor, image: int = image, valid: Tensor = valid, preferred: Any = preferred) -> World:
             if not candidate.any():
                 return background_world(num_anchors, candidate.device)
             cost, iou = yolox._cost(
                 bounded[image, candidate],  # type: ignore[arg-type]
                 boxes[image, valid],  # type: ignore[arg-type]
                 gt_labels[image, valid],
-                geometry,
+                preferred[:, candidate],
                 rules,
                 where=f"yolox.assign, image {image}",
             )
             return _matching_world(cost, iou, candidate, valid)  # type: ignore[arg-type]
 
-        worlds.append(worlds_of(relations, world))  # type: ignore[arg-type]
+        worlds.append(worlds_of(near.any(0), world))  # type: ignore[arg-type]
     return Explanation(tuple(worlds), lambda gt_index: _quality(bounded, boxes, gt_index))
 
 
