@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GRADIENT_FACTOR", "GRADIENT_UNITS", "VALUE_FACTOR", "gradient_bound", "outside"]
+__all__ = ["GRADIENT_FACTOR", "GRADIENT_FLOOR", "GRADIENT_UNITS", "VALUE_FACTOR", "gradient_bound", "outside"]
 
 VALUE_FACTOR = 2.0
 """A right implementation may arrange the formula differently: its error is within twice the oracle's bound."""
@@ -22,7 +22,11 @@ GRADIENT_UNITS = 64.0
 """... plus so many unit roundoffs of the row's largest gradient, for where the plain oracle is exact by luck."""
 
 
-def gradient_bound(exact: Tensor, plain: Tensor, *, row: int = -1) -> Tensor:
+GRADIENT_FLOOR = 8.0
+"""... plus so many of the tensor's largest gradient, for where large terms cancel to nothing."""
+
+
+def gradient_bound(exact: Tensor, plain: Tensor, *, row: int = -1, dtype: torch.dtype | None = None) -> Tensor:
     """Bound on a right gradient's distance from the float64 one.
 
     Parameters
@@ -30,9 +34,11 @@ def gradient_bound(exact: Tensor, plain: Tensor, *, row: int = -1) -> Tensor:
     exact : Tensor float64
         Gradient by the oracle in float64.
     plain : Tensor
-        Gradient by the oracle in the dtype under test.
+        Gradient by the oracle in the dtype under test, or another that rounding could make of the exact one.
     row : int
         Dimension along which one anchor's channels lie.
+    dtype : torch.dtype, optional
+        Dtype under test, if it is not that of `plain`.
 
     Returns
     -------
@@ -48,8 +54,10 @@ def gradient_bound(exact: Tensor, plain: Tensor, *, row: int = -1) -> Tensor:
         exact, plain = exact[None], plain[None]
     made = (plain.double() - exact).abs().nan_to_num(nan=0.0, posinf=0.0).amax(row, keepdim=True)
     largest = exact.abs().nan_to_num(nan=0.0, posinf=0.0).amax(row, keepdim=True)
-    info = torch.finfo(plain.dtype)
-    return GRADIENT_FACTOR * made + GRADIENT_UNITS * info.eps / 2 * largest + info.smallest_normal
+    info = torch.finfo(dtype or plain.dtype)
+    overall = largest.amax() if largest.numel() else 0.0
+    scale = GRADIENT_UNITS * largest + GRADIENT_FLOOR * overall
+    return GRADIENT_FACTOR * made + info.eps / 2 * scale + info.smallest_normal
 
 
 def outside(given: Tensor, exact: Tensor, bound: Tensor) -> Tensor:

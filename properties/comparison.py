@@ -10,13 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from detoracle.properties.bounds import VALUE_FACTOR, gradient_bound, outside
-from detoracle.properties.outputs import Outcome, cotangent, perform
+from detoracle.properties.bounds import VALUE_FACTOR, outside
+from detoracle.properties.gradients import RightGradient, right_gradients
+from detoracle.properties.outputs import Outcome, perform
 from detoracle.properties.systems import System
 from detoracle.reference.contract import Operation, returns_of
 from detoracle.reference.errors import UpstreamRaises
@@ -174,7 +176,7 @@ def _expectation(
         return Expectation(operation, behaviour, lambda o: _judge_assignment(operation, explanation, o), explanation)
     expected = explain(**arguments, dtype=dtype) if explain else _bounded_call(operation, arguments, dtype)
     outputs = _as_dict(operation, expected)
-    gradients = _gradient_pair(operation, arguments)
+    gradients = right_gradients(operation, operation.oracle, arguments, dtype)
     return Expectation(operation, behaviour, lambda outcome: _judge_values(operation, outputs, gradients, outcome))
 
 
@@ -206,7 +208,7 @@ def _as_dict(operation: Operation, outputs: Any) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------- values
 def _judge_values(
-    operation: Operation, expected: Mapping[str, Any], gradients: Mapping[str, Any], outcome: Outcome
+    operation: Operation, expected: Mapping[str, Any], gradients: Mapping[str, RightGradient], outcome: Outcome
 ) -> Verdict:
     findings: list[Finding] = []
     ambiguous = 0
@@ -238,44 +240,24 @@ def _compare(clause: str, given: Tensor, want: Any) -> list[Finding]:
     return [Finding(clause, f"at {position}" if position else "", message, int(wrong.sum()))]
 
 
-def _gradient_pair(operation: Operation, arguments: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per differentiable input, the oracle's gradient in float64 and in the arguments' dtype."""
-    if not operation.gradients:
-        return {}
-    plain = perform(operation, operation.oracle, arguments).gradients
-    exact = perform(operation, operation.oracle, _in_double(arguments)).gradients
-    return {n: (e, p) for n, e in exact.items() if e is not None and (p := plain[n]) is not None}
-
-
-def _in_double(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    def double(value: Any) -> Any:
-        if isinstance(value, list):
-            return [double(v) for v in value]
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {name: double(value) for name, value in arguments.items()}
-
-
 def _compare_gradients(
-    operation: Operation, outcome: Outcome, expected: Mapping[str, tuple[Tensor, Tensor]]
+    operation: Operation, outcome: Outcome, expected: Mapping[str, RightGradient]
 ) -> list[Finding]:
     findings = []
-    for name, (exact, plain) in expected.items():
+    for name, right in expected.items():
         clause, given = f"{operation.name}[gradient {name}]", outcome.gradients.get(name)
         if given is None:
-            if exact.nan_to_num().any():
+            if right.exact.nan_to_num().any():
                 findings.append(Finding(clause, "", "expected a gradient, got none"))
             continue
-        if given.shape != exact.shape:
-            findings.append(Finding(clause, "", f"expected shape {tuple(exact.shape)}, got {tuple(given.shape)}"))
+        if given.shape != right.exact.shape:
+            findings.append(Finding(clause, "", f"expected shape {tuple(right.exact.shape)}, got {tuple(given.shape)}"))
             continue
-        # Where the plain oracle overflows or is NaN, a finite gradient is no worse.
-        judged = plain.isfinite()
-        bound = gradient_bound(exact, plain, row=1 if exact.ndim == 4 else -1).expand_as(exact)
-        wrong = outside(given, exact, bound) & judged
+        wrong = right.wrong(given)
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
-            message = f"expected {exact[at].item():.9g} +- {bound[at].item():.3g}, got {given[at].item():.9g}"
+            expectation = f"{right.exact[at].item():.9g} +- {right.bound[at].item():.3g}"
+            message = f"expected {expectation}, got {given[at].item():.9g}"
             findings.append(Finding(clause, f"at {at}", message, int(wrong.sum())))
     return findings
 
@@ -337,7 +319,7 @@ class _LossJudge:
     ) -> None:
         self._operation, self._explanation, self._dtype = operation, explanation, dtype
         self._loss_given, self._arguments = loss_given, arguments
-        self._expected: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._expected: list[tuple[dict[str, Any], dict[str, RightGradient]]] = []
         self._remaining = explanation.alternatives(_MOST_ALTERNATIVES)
 
     def __call__(self, outcome: Outcome) -> Verdict:
@@ -359,26 +341,19 @@ class _LossJudge:
             return Verdict("ambiguous", note="more assignments are right than can be compared; not judged", **facts)
         return Verdict("different", first, **facts)
 
-    def _expectation(self, number: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    def _expectation(self, number: int) -> tuple[dict[str, Any], dict[str, RightGradient]] | None:
         """Values and gradients of the n-th right assignment, worked out when first asked for."""
         while len(self._expected) <= number:
             gt_index = next(self._remaining, None)
             if gt_index is None:
                 return None
             parts = self._loss_given(gt_index, **self._arguments, dtype=self._dtype)
-            plain, exact = (
-                perform(
-                    self._operation,
-                    lambda gt_index=gt_index, **given: self._loss_given(gt_index, **given, dtype=None),
-                    a,
-                )
-                for a in (self._arguments, _in_double(self._arguments))
-            )
-            pairs = {n: (e, plain.gradients[n]) for n, e in exact.gradients.items() if e is not None}
-            self._expected.append((parts, pairs))
+            given = partial(self._loss_given, gt_index)
+            gradients = right_gradients(self._operation, partial(given, dtype=None), self._arguments, self._dtype)
+            self._expected.append((parts, gradients))
         return self._expected[number]
 
-    def _findings(self, expected: tuple[dict[str, Any], dict[str, Any]], outcome: Outcome) -> tuple[Finding, ...]:
+    def _findings(self, expected: tuple[dict[str, Any], dict[str, RightGradient]], outcome: Outcome) -> tuple[Finding, ...]:
         parts, gradients = expected
         found: list[Finding] = []
         for name, given in outcome.outputs.items():

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detoracle.properties.predictors import box_with_iou, quantile
+from detoracle.properties.sampling import box_with_iou, quantile
 from detoracle.properties.scenes import Scene
 from detoracle.reference.boxes import cxcywh_to_xyxy, iou_yolox
 from detoracle.reference.errors import InputError
@@ -127,6 +127,7 @@ def built_in(kind: Literal["realistic", "crowd"], seed: int = 0) -> tuple[Scene,
     kind : {"realistic", "crowd"}
         Everyday images at four input sizes, or crowded ones at two.
     seed : int
+        Of the first scene; the others count on from it.
 
     Raises
     ------
@@ -136,7 +137,7 @@ def built_in(kind: Literal["realistic", "crowd"], seed: int = 0) -> tuple[Scene,
     Examples
     --------
     >>> [scene.name for scene in built_in("crowd", seed=3)]
-    ['crowd-1x640x640-seed-3', 'crowd-2x384x640-seed-3']
+    ['crowd-1x640x640-seed-3', 'crowd-2x384x640-seed-4']
     """
     sets: dict[str, tuple[Literal["coco", "crowd"], list[tuple[int, tuple[int, int]]]]] = {
         "realistic": ("coco", [(2, (640, 640)), (2, (480, 640)), (3, (416, 416)), (4, (320, 320))]),
@@ -145,7 +146,10 @@ def built_in(kind: Literal["realistic", "crowd"], seed: int = 0) -> tuple[Scene,
     if kind not in sets:
         raise InputError("kind", expected=f"one of {', '.join(sets)}", got=repr(kind), where="built_in")
     preset, members = sets[kind]
-    return tuple(realistic(preset, num_images=images, seed=seed, image_size=size) for images, size in members)
+    return tuple(
+        realistic(preset, num_images=images, seed=seed + number, image_size=size)
+        for number, (images, size) in enumerate(members)
+    )
 
 
 def _uniform(generator: torch.Generator, *shape: int) -> Tensor:

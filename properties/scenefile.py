@@ -100,7 +100,10 @@ def write_atomically(path: Path, text: str) -> None:
             raise
     except OSError as error:
         raise InputError(
-            path.name, expected="a place that can be written to", got=f"{type(error).__name__}: {error.strerror}"
+            path.name,
+            expected="a place that can be written to",
+            got=f"{type(error).__name__}: {error.strerror}",
+            fix="Choose another folder, or make room and allow writing there.",
         ) from error
 
 

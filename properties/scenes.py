@@ -49,6 +49,7 @@ TAGS: Mapping[str, str] = {
     "non-finite": "A prediction is NaN or infinite.",
     "on-edge": "An anchor point lies exactly on an edge that decides, or anchors tie exactly.",
     "perfect": "A few predictions equal their ground truth, so that IoU sums are whole numbers.",
+    "random": "Drawn by a seeded generator: boxes of all sizes, a half-trained detector.",
     "realistic": "Counts, sizes and overlaps follow real images, predictions a trained detector.",
     "recorded": "Predictions are recorded outputs of a real network.",
 }

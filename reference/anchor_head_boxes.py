@@ -324,7 +324,7 @@ def inside_flags(anchors: Tensor, valid: Tensor, image_shapes: Tensor, *, allowe
     if allowed_border < 0:
         return valid
     far = (image_shapes.flip(1) + allowed_border)[:, None]
-    return valid & (anchors[:, :2] >= -allowed_border).all(-1) & (anchors[:, 2:] < far).all(-1)
+    return (anchors[:, :2] >= -allowed_border).all(-1) & (anchors[:, 2:] < far).all(-1) & valid
 
 
 # ------------------------------------------------------------------------------------------------- 7. delta coder

@@ -271,7 +271,8 @@ def _plain_index(index: Any) -> Any:
 
 # --------------------------------------------------------------------------------------------------- rounding
 def _precision(*xs: Any) -> Precision:
-    return next(x.precision for x in xs if isinstance(x, Bounded))
+    """Of mixed operands the finest, to which PyTorch promotes the others."""
+    return min((x.precision for x in xs if isinstance(x, Bounded)), key=lambda precision: precision.unit)
 
 
 def _split(x: Any, like: Bounded | None = None) -> tuple[Any, Any]:
@@ -562,7 +563,9 @@ def _square(x: Bounded) -> Bounded:
     return _mul(x, x)
 
 
-def _bce_with_logits(logits: Any, targets: Any, *, reduction: str, **_: Any) -> Bounded:
+def _bce_with_logits(
+    logits: Any, targets: Any, *, reduction: str, pos_weight: Bounded | None = None, **_: Any
+) -> Bounded:
     """Binary cross entropy from logits, elementwise: max(x, 0) - x * t + log(1 + exp(-|x|)).
 
     PyTorch subtracts log(sigmoid(x)) from (1 - t) * x, so that terms as large as x cancel: the error is one of x.
@@ -573,16 +576,39 @@ def _bce_with_logits(logits: Any, targets: Any, *, reduction: str, **_: Any) -> 
         logits = Bounded(logits.double(), torch.zeros_like(logits.double()), targets.precision)
     loss: Bounded = logits.clamp(min=0) - logits * targets + (-logits.abs()).exp().log1p()
     cancelled = 2 * logits.precision.unit * logits.value.abs().nan_to_num(nan=0.0, posinf=0.0)
+    if pos_weight is not None:
+        present = targets * (pos_weight - 1) + 1
+        loss = logits * (1 - targets) + present * ((-logits).clamp(min=0) + (-logits.abs()).exp().log1p())
+        cancelled = cancelled * present.value.abs().clamp(min=1)
     return Bounded(loss.value, loss.error + cancelled, loss.precision)
 
 
-def _cross_entropy(logits: Bounded, target: Tensor, *, reduction: str, **_: Any) -> Bounded:
+def _bce(probability: Bounded, targets: Tensor, *, reduction: str, **_: Any) -> Bounded:
+    """Binary cross entropy from probabilities, elementwise, each logarithm clamped at -100."""
+    if reduction != "none":
+        raise NotImplementedError("sum the elementwise loss instead, so that its error is known")
+    present, absent = probability.log().clamp(min=-100), (-probability).log1p().clamp(min=-100)
+    return -(present * targets + absent * (1 - targets))  # type: ignore[no-any-return]
+
+
+def _cross_entropy(
+    logits: Bounded,
+    target: Tensor,
+    *,
+    reduction: str,
+    weight: Bounded | None = None,
+    ignore_index: int = -100,
+    **_: Any,
+) -> Any:
     """Cross entropy of rows of logits against class indices: logarithm of the exponentials' sum, less the class's logit."""
     if reduction != "none":
         raise NotImplementedError("sum the elementwise loss instead, so that its error is known")
     largest = logits.value.amax(1)
     log_sum = (logits - largest[:, None]).exp().sum(1).log() + largest
-    return log_sum - logits.gather(1, target[:, None])[:, 0]  # type: ignore[no-any-return]
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0)
+    loss = log_sum - logits.gather(1, index[:, None])[:, 0]
+    return torch.where(kept, loss if weight is None else loss * weight[index], 0.0)
 
 
 def _smooth_l1(predicted: Any, target: Any, *, reduction: str, **_: Any) -> Bounded:
@@ -595,7 +621,7 @@ def _smooth_l1(predicted: Any, target: Any, *, reduction: str, **_: Any) -> Boun
 
 def _mean(x: Bounded, dim: Any = None, keepdim: bool = False) -> Bounded:
     total = _sum(x, dim, keepdim)
-    return _div(total, x.value.numel() / total.value.numel())
+    return _div(total, x.value.numel() / max(total.value.numel(), 1))
 
 
 def _abs_rule(x: Bounded) -> Bounded:
@@ -634,7 +660,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "isnan": _like(torch.isnan), "isfinite": _like(torch.isfinite), "isinf": _like(torch.isinf),
     "add": _linear(lambda a, b: a + b), "sub": _linear(lambda a, b: a - b), "mul": _mul, "div": _div,
     "true_divide": _div, "neg": lambda x: Bounded(-x.value, x.error, x.precision), "abs": _abs_rule,
-    "pow": _pow, "rpow": _power_of, "square": _square, "binary_cross_entropy_with_logits": _bce_with_logits, "cross_entropy": _cross_entropy, "smooth_l1_loss": _smooth_l1, "exp": _monotone(torch.exp, 2.0), "log": _monotone(torch.log, 2.0, at_ends=_log),
+    "pow": _pow, "rpow": _power_of, "square": _square, "binary_cross_entropy_with_logits": _bce_with_logits, "binary_cross_entropy": _bce, "cross_entropy": _cross_entropy, "smooth_l1_loss": _smooth_l1, "exp": _monotone(torch.exp, 2.0), "log": _monotone(torch.log, 2.0, at_ends=_log),
     "log1p": _monotone(torch.log1p, 2.0, at_ends=_log1p), "sqrt": _monotone(torch.sqrt, 2.0, at_ends=_sqrt), "sigmoid": _monotone(torch.sigmoid, 4.0),
     "atan": _monotone(torch.atan, 2.0), "softplus": _monotone(torch.nn.functional.softplus, 4.0),
     "clamp": _clamp, "softmax": _softmax, "log_softmax": _log_softmax, "long": lambda x: x.value.long(), "clamp_min": _monotone(torch.clamp_min, 0.0),

@@ -1,24 +1,22 @@
 """RTMDet: point priors and dynamic soft label assignment.
 
-Every cell of every level has one *prior*, a point at the cell's top-left corner, and predicts C class logits and the four
-distances from the point to the sides of a box. Per image, the priors inside any ground truth are *candidates*, for
+Every cell of every level has one *prior*, a point at the cell's top-left corner, and predicts C class logits and the
+four distances from the point to the sides of a box. Per image, the priors inside any ground truth are *candidates*, for
 all of them; a cost of soft classification, IoU and distance from the centre says how well each candidate suits each
 ground truth; then, as in YOLOX's SimOTA, each ground truth claims as many of its cheapest candidates as its best
 thirteen IoUs add up to, and a prior that several claim goes to the cheapest.
 
-Stages, in the order data flows: `priors`, `valid_flags`, `inside_flags`, `decode` (and its inverse `encode`), `candidates`,
-`cost`, `dynamic_k_matching` (the last three together `assign`). Targets and losses are in
-`detoracle.reference.rtmdet_loss`, the head network in `detoracle.reference.rtmdet_head`.
+Stages, in the order data flows: `priors`; which of them take part, by the functions `valid_flags` and `inside_flags`
+of the anchor head (`detoracle.reference.anchor_head_boxes`); `decode` and its inverse `encode`; `candidates`, `cost`,
+`dynamic_k_matching` (these three together `assign`). Priors and distances are in `detoracle.reference.rtmdet_points`,
+targets and losses in `detoracle.reference.rtmdet_loss`, the head network in `detoracle.reference.rtmdet_head`.
 
 Quirks: a candidate of one ground truth may go to another in which it does not lie; the distance cost grows tenfold a
-stride and overflows for far or huge boxes; `inside_flags` compares strides, not boxes, with the image.
+stride and overflows for far or huge boxes; ignored regions are never read.
 Source: OpenMMLab mmdetection 3.x (Apache-2.0), described from its observed behaviour.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,218 +26,24 @@ from detoracle.reference.assignment import BACKGROUND, IGNORED, Assignment
 from detoracle.reference.boxes import overlaps_mmdet
 from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError, UpstreamRaises
+from detoracle.reference.rtmdet_points import SOURCE, decode, encode, priors
 from detoracle.reference.yolox import _claim, _inside, _matched_iou, _resolve
 
 __all__ = [
-    "SOURCE",
     "assign",
     "candidates",
     "cost",
     "decode",
     "dynamic_k_matching",
     "encode",
-    "inside_flags",
     "priors",
-    "valid_flags",
 ]
-
-SOURCE = "OpenMMLab mmdetection 3.x (Apache-2.0)"
 
 _UNMATCHED_OVERLAP = -1e8  # what upstream stores as the overlap of a prior that was not matched
 _MASK_EPS = 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------- 1. priors
-@operation("rtmdet.priors", kind="values", source=SOURCE)
-def priors(
-    sizes: Sequence[Sequence[int]],
-    strides: Sequence[int | Sequence[int]],
-    *,
-    offset: float = 0.0,
-    like: Tensor | None = None,
-) -> Tensor:
-    """One point a cell, level by level, row by row: the cell's corner, unless an offset moves it.
-
-    Parameters
-    ----------
-    sizes : sequence of sequence of int
-        Height and width of each level, in cells.
-    strides : sequence of int or pair
-        Pixels a cell, one a level; a pair is of width and height.
-    offset : float
-        Position of the point within its cell, in cells.
-    like : Tensor () float or None
-        Gives dtype and device; float32 on the CPU without.
-
-    Returns
-    -------
-    priors : Tensor (A, 4) float
-        x, y, and the stride along x and y, in pixels.
-
-    Raises
-    ------
-    InputError
-        If there is not one positive stride a level.
-
-    Examples
-    --------
-    >>> priors([(1, 2)], [8]).tolist()
-    [[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 8.0, 8.0]]
-    """
-    levels = []
-    for (height, width), (stride_x, stride_y) in zip(sizes, _pairs(strides, len(sizes)), strict=True):
-        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        point = [(column.flatten() + offset) * stride_x, (row.flatten() + offset) * stride_y]
-        levels.append(torch.stack([*point, *(torch.full_like(point[0], s) for s in (stride_x, stride_y))], dim=1))
-    dtype, device = (torch.float32, None) if like is None else (like.dtype, like.device)
-    return torch.cat(levels).to(dtype=dtype, device=device)
-
-
-def _pairs(strides: Sequence[int | Sequence[int]], num_levels: int) -> list[tuple[int, int]]:
-    """Strides along x and y of each level."""
-    pairs = [(s, s) if isinstance(s, int) else tuple(s) for s in strides]
-    if len(pairs) != num_levels or not pairs or any(len(p) != 2 or min(p) <= 0 for p in pairs):
-        expected = f"{max(num_levels, 1)} positive numbers or pairs, one a level"
-        raise InputError("strides", expected=expected, got=str(list(strides)), where="rtmdet")
-    return pairs  # type: ignore[return-value]  # each was just seen to have two elements
-
-
-# ------------------------------------------------------------------------------------------------------ 2. flags
-@operation("rtmdet.valid_flags", kind="values", source=SOURCE)
-def valid_flags(
-    sizes: Sequence[Sequence[int]], strides: Sequence[int | Sequence[int]], pad_shape: Tensor
-) -> Tensor:
-    """Priors whose cell begins within the padded image.
-
-    Parameters
-    ----------
-    sizes : sequence of sequence of int
-        Height and width of each level, in cells.
-    strides : sequence of int or pair
-        As in `priors`.
-    pad_shape : Tensor (B, 2) int
-        Height and width of each image with its padding, in pixels.
-
-    Returns
-    -------
-    valid : Tensor (B, A) bool
-
-    Raises
-    ------
-    InputError
-        If there is not one positive stride a level.
-
-    Examples
-    --------
-    >>> valid_flags([(1, 3)], [8], torch.tensor([[8, 9], [0, 24]])).tolist()
-    [[True, True, False], [False, False, False]]
-    """
-    levels = []
-    for (height, width), (stride_x, stride_y) in zip(sizes, _pairs(strides, len(sizes)), strict=True):
-        level = torch.zeros(len(pad_shape), height, width, dtype=torch.bool, device=pad_shape.device)
-        for image, (padded_height, padded_width) in enumerate(pad_shape.tolist()):
-            level[image, : math.ceil(padded_height / stride_y), : math.ceil(padded_width / stride_x)] = True
-        levels.append(level.flatten(1))
-    return torch.cat(levels, dim=1)
-
-
-@operation("rtmdet.inside_flags", kind="values", source=SOURCE)
-def inside_flags(priors: Tensor, valid: Tensor, img_shape: Tensor, *, allowed_border: float = -1) -> Tensor:
-    """Priors that take part in an image: the valid ones, and with an allowed border only those inside of it.
-
-    The comparison was made for anchor boxes. Of a prior, its point is compared with the image's left and top, but its
-    *strides* with the right and bottom, so that points beyond those stay in.
-
-    Parameters
-    ----------
-    priors : Tensor (A, 4) float
-        x, y, stride along x, stride along y in pixels.
-    valid : Tensor (B, A) bool
-        From `valid_flags`.
-    img_shape : Tensor (B, 2) int
-        Height and width of each image without padding, in pixels.
-    allowed_border : float
-        Pixels that a prior may lie outside the image; below 0, all valid priors take part.
-
-    Returns
-    -------
-    inside : Tensor (B, A) bool
-
-    Examples
-    --------
-    >>> both = torch.tensor([[0.0, 0, 8, 8], [99.0, 0, 8, 8]])
-    >>> inside_flags(both, torch.ones(1, 2).bool(), torch.tensor([[16, 16]]), allowed_border=0).tolist()
-    [[True, True]]
-    """
-    if allowed_border < 0:
-        return valid
-    left_top = (priors[:, :2] >= -allowed_border).all(-1)
-    right_bottom = (priors[None, :, 2:] < img_shape.flip(1)[:, None] + allowed_border).all(-1)
-    return valid & left_top & right_bottom
-
-
-# ------------------------------------------------------------------------------------------------ 3. boxes, distances
-@operation("rtmdet.decode", kind="values", gradients=("distances",), source=SOURCE)
-def decode(points: Tensor, distances: Tensor, *, max_shape: Sequence[int] | None = None) -> Tensor:
-    """Boxes at given distances from points: x - left, y - top, x + right, y + bottom.
-
-    Parameters
-    ----------
-    points : Tensor (A, 2) float
-        x and y in pixels.
-    distances : Tensor (..., A, 4) float
-        To the left, top, right and bottom side, in pixels; negative ones give inverted boxes.
-    max_shape : sequence of int or None
-        Height and width to clip the boxes to; training does not clip.
-
-    Returns
-    -------
-    boxes : Tensor (..., A, 4) float
-        Left, top, right, bottom in pixels.
-
-    Examples
-    --------
-    >>> decode(torch.tensor([[8.0, 8.0]]), torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist()
-    [[7.0, 6.0, 11.0, 12.0]]
-    """
-    boxes = torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
-    if max_shape is None:
-        return boxes
-    height, width = max_shape
-    return torch.stack([boxes[..., side].clamp(min=0, max=(width, height)[side % 2]) for side in range(4)], dim=-1)
-
-
-@operation("rtmdet.encode", kind="values", gradients=("boxes",), source=SOURCE)
-def encode(points: Tensor, boxes: Tensor, *, max_distance: float | None = None, eps: float = 0.1) -> Tensor:
-    """Distances from points to the sides of boxes, the inverse of `decode`.
-
-    Parameters
-    ----------
-    points : Tensor (A, 2) float
-        x and y in pixels.
-    boxes : Tensor (A, 4) float
-        Left, top, right, bottom in pixels.
-    max_distance : float or None
-        Limits the distances to 0 at least and `max_distance` - `eps` at most.
-    eps : float
-        Pixels.
-
-    Returns
-    -------
-    distances : Tensor (A, 4) float
-        To the left, top, right and bottom side, in pixels; negative if the point is outside.
-
-    Examples
-    --------
-    >>> point, box = torch.tensor([[8.0, 8.0]]), torch.tensor([[9.0, 6.0, 11.0, 40.0]])
-    >>> encode(point, box).tolist(), encode(point, box, max_distance=16).tolist()[0][:3]
-    ([[-1.0, 2.0, 3.0, 32.0]], [0.0, 2.0, 3.0])
-    """
-    distances = torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
-    return distances if max_distance is None else distances.clamp(min=0, max=max_distance - eps)
-
-
-# ------------------------------------------------------------------------------------------------ 4. candidates
+# ------------------------------------------------------------------------------------------------ 3. candidates
 @operation("rtmdet.candidates", kind="values", source=SOURCE)
 def candidates(priors: Tensor, inside: Tensor, gt_boxes: Tensor, gt_valid: Tensor) -> Tensor:
     """Priors that may be assigned at all: those that lie strictly inside some ground truth.
@@ -251,7 +55,7 @@ def candidates(priors: Tensor, inside: Tensor, gt_boxes: Tensor, gt_valid: Tenso
     priors : Tensor (A, 4) float
         x, y, stride along x, stride along y in pixels.
     inside : Tensor (B, A) bool
-        Priors that take part, from `inside_flags`.
+        Priors that take part.
     gt_boxes : Tensor (B, G, 4) float
         Left, top, right, bottom in pixels, padded to the same G.
     gt_valid : Tensor (B, G) bool
@@ -279,7 +83,7 @@ def _near(priors: Tensor, gt_boxes: Tensor) -> Tensor:
     return _inside(priors[:, :2], gt_boxes[:, None]).any(0)
 
 
-# ------------------------------------------------------------------------------------------------------ 5. cost
+# ------------------------------------------------------------------------------------------------------ 4. cost
 @operation("rtmdet.cost", kind="values", source=SOURCE)
 def cost(
     class_logits: Tensor,
@@ -297,9 +101,9 @@ def cost(
     """How badly each candidate suits each ground truth: classification, IoU, and distance from the centre.
 
     The classification cost is the binary cross entropy of the logits against the one-hot class times the IoU, weighted
-    by the squared difference between the two, and summed over *all* classes. The IoU cost is -log(IoU + 1e-7) times its weight. The
-    distance cost is 10 to the power of the distance from the centre, in strides, less the radius: it overflows where
-    that exceeds 38 (float32).
+    by the squared difference between the two, and summed over *all* classes. The IoU cost is -log(IoU + 1e-7) times its
+    weight. The distance cost is 10 to the power of the distance from the centre, in strides, less the radius: it
+    overflows where that exceeds 38 (float32).
 
     Parameters
     ----------
@@ -399,14 +203,21 @@ def _cost(
 ) -> tuple[Tensor, Tensor]:
     """Cost and IoU (G, N) of one image's candidates."""
     iou = overlaps_mmdet.__wrapped__(gt_boxes, boxes)  # type: ignore[attr-defined]
-    iou_cost = -torch.log(iou + 1e-7) * iou_weight
-    distance_cost = 10.0 ** (_distance(priors, centers) - soft_center_radius)
-    return _class_cost(class_logits, one_hot, iou) + iou_cost + distance_cost, iou
+    distance_cost = _distance_cost(_distance(priors, centers), soft_center_radius)
+    return _class_cost(class_logits, one_hot, iou) + _iou_cost(iou, iou_weight) + distance_cost, iou
+
+
+def _iou_cost(iou: Tensor, iou_weight: float) -> Tensor:
+    return -torch.log(iou + 1e-7) * iou_weight
 
 
 def _distance(priors: Tensor, centers: Tensor) -> Tensor:
     """Distance of points from ground truths' centres, in strides, (G, N)."""
     return torch.sqrt(((priors[:, :2] - centers[:, None]) ** 2).sum(-1)) / priors[:, 2]
+
+
+def _distance_cost(distance: Tensor, soft_center_radius: float) -> Tensor:
+    return 10.0 ** (distance - soft_center_radius)  # type: ignore[no-any-return]
 
 
 def _class_cost(class_logits: Tensor, one_hot: Tensor, iou: Tensor) -> Tensor:
@@ -418,7 +229,7 @@ def _class_cost(class_logits: Tensor, one_hot: Tensor, iou: Tensor) -> Tensor:
     return (entropy * torch.abs(difference) ** 2).sum(-1)
 
 
-# ------------------------------------------------------------------------------------- 6. and 7. dynamic k, conflicts
+# ------------------------------------------------------------------------------------- 5. and 6. dynamic k, conflicts
 @operation("rtmdet.dynamic_k_matching", kind="assignment", source=SOURCE)
 def dynamic_k_matching(
     cost: Tensor, iou: Tensor, candidate: Tensor, gt_valid: Tensor, *, topk: int = 13
@@ -480,7 +291,7 @@ def _dynamic_k(iou: Tensor, topk: int) -> Tensor:
     return best.nan_to_num(nan=1.0).long().clamp(min=1)
 
 
-# ---------------------------------------------------------------------------------------------------- 8. result
+# ---------------------------------------------------------------------------------------------------- 7. result
 @operation("rtmdet.assign", kind="assignment", source=SOURCE)
 @torch.no_grad()
 def assign(
@@ -507,7 +318,7 @@ def assign(
     priors : Tensor (A, 4) float
         x, y, stride along x, stride along y in pixels (`priors`).
     inside : Tensor (B, A) bool
-        Priors that take part (`inside_flags`).
+        Priors that take part.
     gt_boxes : Tensor (B, G, 4) float
         Left, top, right, bottom in pixels, padded to the same G.
     gt_labels : Tensor (B, G) int

@@ -1,8 +1,8 @@
 """RTMDet's head: the network that predicts class logits and distances from feature maps.
 
 Per level, a classification and a regression tower of 3x3 convolutions, each followed by batch normalisation and SiLU,
-and a predictor at the end of each. All levels share the *convolutions* of the towers; normalisations and predictors are their
-own. Parameters carry the published names, so that published weights load. Distances come out in pixels.
+and a predictor at the end of each. All levels share the *convolutions* of the towers; normalisations and predictors are
+their own. Parameters carry the published names, so that published weights load. Distances come out in pixels.
 
 Source: OpenMMLab mmdetection 3.x ``RTMDetSepBNHead`` (Apache-2.0), described from its observed behaviour.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError
-from detoracle.reference.rtmdet import SOURCE
+from detoracle.reference.rtmdet_points import SOURCE
 
 __all__ = ["RTMDetSepBNHead", "joint_logits"]
 
@@ -26,14 +26,12 @@ _CLASS_PRIOR = 0.01  # class probability that a fresh head predicts
 _LOGIT_EPS = 1e-5
 
 
-@operation(
-    "rtmdet.joint_logits", kind="values", gradients=("class_logits", "objectness_logits"), source=SOURCE
-)
+@operation("rtmdet.joint_logits", kind="values", gradients=("class_logits", "objectness_logits"), source=SOURCE)
 def joint_logits(class_logits: Tensor, objectness_logits: Tensor) -> Tensor:
     """Logit of the geometric mean of class and objectness probability.
 
-    The probability and its complement are each limited to 1e-5 at least: the logit saturates at +-11.5129, and beyond that
-    gradients vanish.
+    The probability and its complement are each limited to 1e-5 at least: the logit saturates at +-11.5129, and beyond
+    that gradients vanish.
 
     Parameters
     ----------
@@ -70,7 +68,7 @@ class _GeometricMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """d mean / dx = mean * (1 - sigmoid(x)) / 2."""
+        """Gradients: that to x is mean * (1 - sigmoid(x)) / 2."""
         x, y, mean = ctx.saved_tensors
         half = grad_outputs[0] * mean / 2
         to_x, to_y = half * (1 - torch.sigmoid(x)), half * (1 - torch.sigmoid(y))
@@ -159,7 +157,7 @@ class RTMDetSepBNHead(nn.Module):
         use_depthwise: bool = False,
     ) -> None:
         super().__init__()
-        if share_conv and use_depthwise or pred_kernel_size % 2 == 0:
+        if (share_conv and use_depthwise) or pred_kernel_size % 2 == 0:
             expected = "an odd pred_kernel_size, and not both share_conv and use_depthwise"
             got = f"pred_kernel_size={pred_kernel_size}, share_conv={share_conv}, use_depthwise={use_depthwise}"
             raise InputError("settings", expected=expected, got=got, where="RTMDetSepBNHead")

@@ -1,11 +1,12 @@
 """RTMDet's targets and losses: quality focal loss of the class logits, GIoU loss of the boxes.
 
 Every prior trains its class logits towards the IoU that its prediction has with the assigned ground truth, in that
-ground truth's class, and towards 0 elsewhere; positives also train their box, weighted by that same IoU. Both losses are
-divided by the sum of those IoUs over all levels, averaged over the processes of a distributed run, and at least 1.
+ground truth's class, and towards 0 elsewhere; positives also train their box, weighted by that same IoU. Both losses
+are divided by the sum of those IoUs over all levels, averaged over the processes of a distributed run, and at least 1.
 
-Stages, in the order data flows: `targets`, `qfl`, `giou_loss`, `mean_over_ranks`, `loss`. The assignment before them is
-in `detoracle.reference.rtmdet`. Source: OpenMMLab mmdetection 3.x (Apache-2.0), described from its observed behaviour.
+Stages, in the order data flows: `targets`, `qfl`, `giou_loss`, `mean_over_ranks`, `loss`. The second and third are in
+`detoracle.reference.rtmdet_terms`, the assignment before them in `detoracle.reference.rtmdet`.
+Source: OpenMMLab mmdetection 3.x (Apache-2.0), described from its observed behaviour.
 """
 
 from __future__ import annotations
@@ -15,19 +16,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from detoracle.reference.anchor_head_boxes import _stride_pairs, inside_flags, valid_flags
 from detoracle.reference.assignment import IGNORED
-from detoracle.reference.boxes import overlaps_mmdet
 from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError, UpstreamRaises
-from detoracle.reference.rounding import value_of
-from detoracle.reference.rtmdet import SOURCE, _pairs, assign, decode, inside_flags, priors, valid_flags
+from detoracle.reference.rtmdet import SOURCE, assign, decode, priors
+from detoracle.reference.rtmdet_terms import _require_wide_logits, giou_loss, qfl
 
 __all__ = ["giou_loss", "loss", "mean_over_ranks", "qfl", "targets"]
-
-_AVERAGE_EPS = torch.finfo(torch.float32).eps  # added to an average factor, whatever the dtype
 
 
 # --------------------------------------------------------------------------------------------------- 1. targets
@@ -88,176 +86,6 @@ def targets(
     return labels, label_weights, box_targets, torch.where(positive, quality, 0.0)
 
 
-# ------------------------------------------------------------------------------------------------- 2. class loss
-@operation("rtmdet.qfl", kind="values", gradients=("predicted",), source=SOURCE)
-def qfl(
-    predicted: Tensor,
-    quality: Tensor,
-    labels: Tensor | None = None,
-    weight: Tensor | None = None,
-    *,
-    activated: bool = False,
-    beta: float = 2.0,
-    reduction: str = "mean",
-    average_factor: float | None = None,
-    loss_weight: float = 1.0,
-) -> Tensor:
-    """Quality focal loss: binary cross entropy towards a quality, weighted by the distance from it, summed over classes.
-
-    Each entry costs BCE(x, q) * |q - sigmoid(x)|^beta, where q is the quality in the labelled class and 0 in all others. The
-    gradient flows through both factors.
-
-    Parameters
-    ----------
-    predicted : Tensor (N, C) float
-        Logits, or probabilities if `activated`.
-    quality : Tensor (..., Q) float
-        With labels, (N,): the target in the labelled class. Without, (N, C): the target of every class.
-    labels : Tensor (N,) int or None
-        Class; anything outside 0 to C-1 is background, whose quality is not read.
-    weight : Tensor (..., W) float or None
-        One a row, (N,). Upstream multiplies whatever broadcasts.
-    activated : bool
-        `predicted` are probabilities.
-    beta : float
-        Exponent of the distance.
-    reduction : {"none", "mean", "sum"}
-    average_factor : float or None
-        Replaces the number of rows in the mean; must not come with ``sum``.
-    loss_weight : float
-
-    Returns
-    -------
-    loss : Tensor (...) float
-        (N,) with reduction ``none``, otherwise ().
-
-    Raises
-    ------
-    UpstreamRaises
-        ``rtmdet.quality-dtype``: a quality of a wider dtype than the logits (labelled, and not under autocast).
-        ``rtmdet.probability-out-of-range``, ``rtmdet.weight-shape``, ``rtmdet.sum-with-average-factor``.
-    InputError
-        If `quality` has another shape.
-
-    Examples
-    --------
-    >>> logits, quality = torch.zeros(2, 2), torch.tensor([0.5, 0.9])
-    >>> [round(v, 4) for v in qfl(logits, quality, torch.tensor([0, 2]), reduction="none").tolist()]
-    [0.1733, 0.3466]
-    """
-    shape = predicted.shape if labels is None else predicted.shape[:1]
-    if quality.shape != shape:
-        raise InputError("quality", expected=f"shape {tuple(shape)}", got=str(tuple(quality.shape)), where="rtmdet.qfl")
-    target = quality
-    if labels is not None:
-        _require_wide_logits(predicted, quality.dtype, where="rtmdet.qfl")
-        classes = torch.arange(predicted.shape[1], device=labels.device)
-        target = torch.where(labels[:, None] == classes, quality[:, None], 0.0)
-    if activated:
-        if not bool(((value_of(predicted) >= 0) & (value_of(predicted) <= 1)).all()):
-            raise UpstreamRaises(
-                "rtmdet.probability-out-of-range", expected="0 to 1", got="something outside", where="rtmdet.qfl"
-            )
-        entropy, probability = F.binary_cross_entropy(predicted, target, reduction="none"), predicted
-    else:
-        entropy = F.binary_cross_entropy_with_logits(predicted, target, reduction="none")
-        probability = torch.sigmoid(predicted)
-    rows = (entropy * torch.abs(target - probability) ** beta).sum(1)
-    return loss_weight * _reduced(rows, weight, reduction, average_factor, where="rtmdet.qfl")
-
-
-def _require_wide_logits(predicted: Tensor, quality: torch.dtype, *, where: str) -> None:
-    """Upstream writes losses in the quality's dtype over those in the logits' dtype; autocast makes both float32."""
-    if torch.promote_types(predicted.dtype, quality) != predicted.dtype and not torch.is_autocast_enabled(
-        predicted.device.type
-    ):
-        raise UpstreamRaises(
-            "rtmdet.quality-dtype",
-            expected=f"logits that hold qualities of {quality}, or autocast",
-            got=str(predicted.dtype),
-            where=where,
-        )
-
-
-def _reduced(loss: Tensor, weight: Tensor | None, reduction: str, average_factor: float | None, *, where: str) -> Tensor:
-    """Weighted loss of rows, reduced."""
-    if weight is not None:
-        try:
-            loss = loss * weight
-        except RuntimeError as error:
-            raise UpstreamRaises(
-                "rtmdet.weight-shape",
-                expected=f"one weight a row, {tuple(loss.shape)}",
-                got=str(tuple(weight.shape)),
-                where=where,
-            ) from error
-    if reduction == "none":
-        return loss
-    if average_factor is None:
-        return loss.mean() if reduction == "mean" else loss.sum()
-    if reduction == "sum":
-        raise UpstreamRaises(
-            "rtmdet.sum-with-average-factor", expected="reduction 'mean' or 'none'", got="'sum'", where=where
-        )
-    return loss.sum() / (average_factor + _AVERAGE_EPS)
-
-
-# --------------------------------------------------------------------------------------------------- 3. box loss
-@operation("rtmdet.giou_loss", kind="values", gradients=("predicted",), source=SOURCE)
-def giou_loss(
-    predicted: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    reduction: str = "mean",
-    average_factor: float | None = None,
-    loss_weight: float = 1.0,
-) -> Tensor:
-    """1 - GIoU of matched boxes, weighted and reduced.
-
-    If no weight is above 0 (and the loss is to be reduced), the result is the sum of the *boxes* times the weights: 0
-    with a gradient of 0 where all weights are 0, but nonsense where some are negative, and NaN if a box is.
-
-    Parameters
-    ----------
-    predicted : Tensor (N, 4) float
-        Left, top, right, bottom in pixels.
-    target : Tensor (N, 4) float
-        Left, top, right, bottom in pixels.
-    weight : Tensor (..., W) float or None
-        One a row, (N,), or one a side, (N, 4), which are averaged.
-    eps : float
-        Smallest area in square pixels.
-    reduction : {"none", "mean", "sum"}
-    average_factor : float or None
-        Replaces the number of rows in the mean; must not come with ``sum``.
-    loss_weight : float
-
-    Returns
-    -------
-    loss : Tensor (...) float
-        (N,) with reduction ``none``, otherwise ().
-
-    Raises
-    ------
-    UpstreamRaises
-        ``rtmdet.weight-shape``, ``rtmdet.sum-with-average-factor``.
-
-    Examples
-    --------
-    >>> a, b = torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2]])
-    >>> round(float(giou_loss(a, b, loss_weight=2.0)), 4), float(giou_loss(b, a, torch.tensor([-1.0])))
-    (1.3333, -6.0)
-    """
-    if weight is not None and reduction != "none" and not int((weight > 0).sum()):
-        return (predicted * (weight[:, None] if weight.ndim == 1 else weight)).sum()
-    rows = 1 - overlaps_mmdet.__wrapped__(predicted, target, mode="giou", aligned=True, eps=eps)  # type: ignore[attr-defined]
-    if weight is not None and weight.ndim > 1:
-        weight = weight.mean(-1)
-    return loss_weight * _reduced(rows, weight, reduction, average_factor, where="rtmdet.giou_loss")
-
-
 # ------------------------------------------------------------------------------------------ 4. average over ranks
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Mean of a number over the processes of the default group; the number itself where none is running.
@@ -293,8 +121,8 @@ def loss(
     gt_labels: Tensor,
     gt_valid: Tensor,
     *,
-    pad_shape: Tensor | None = None,
-    img_shape: Tensor | None = None,
+    pad_shapes: Tensor | None = None,
+    image_shapes: Tensor | None = None,
     gt_masks: Tensor | None = None,
     ignored_boxes: Tensor | None = None,
     offset: float = 0.0,
@@ -318,17 +146,17 @@ def loss(
     class_logits : list of Tensor (B, C, Hl, Wl) float
     distances : list of Tensor (B, 4, Hl, Wl) float
         To the left, top, right and bottom side, in pixels.
-    strides : sequence of int or pair
-        Pixels a cell, one a level; a pair is of width and height, which must be equal.
+    strides : sequence of int or pairs of int
+        Pixels a cell, one a level; a pair is horizontal, vertical, which must be equal.
     gt_boxes : Tensor (B, G, 4) float
         Left, top, right, bottom in pixels, padded to the same G.
     gt_labels : Tensor (B, G) int
         Class, 0 to C-1.
     gt_valid : Tensor (B, G) bool
         False for padding.
-    pad_shape : Tensor (B, 2) int or None
+    pad_shapes : Tensor (B, 2) int or None
         Height and width of each image with its padding, in pixels; without, the maps are covered.
-    img_shape : Tensor (B, 2) int or None
+    image_shapes : Tensor (B, 2) int or None
         Height and width of each image without padding; needed where `allowed_border` is 0 or more.
     gt_masks : Tensor (B, G, H, W) bool or None
         Instance masks, whose centres of mass then replace the boxes' centres.
@@ -337,7 +165,8 @@ def loss(
     offset : float
         Position of the prior within its cell, in cells.
     allowed_border : float
-        As in `inside_flags`.
+        Pixels that a prior may stick out of the image; below 0, all valid priors take part. Upstream compares the
+        *strides* of a prior, not its point, with the right and bottom of the image, so that points beyond stay in.
     topk : int
         Largest IoUs that add up to a ground truth's number of claims.
     soft_center_radius : float
@@ -376,7 +205,9 @@ def loss(
     >>> [round(float(part), 4) for part in parts.values()]
     [0.9277, 0.5688, 0.3589]
     """
-    points, inside = _points(class_logits, distances, strides, gt_valid, pad_shape, img_shape, offset, allowed_border)
+    points, inside = _points(
+        class_logits, distances, strides, gt_valid, pad_shapes, image_shapes, offset, allowed_border
+    )
     boxes = decode(points[:, :2], _flatten(distances))
     logits = _flatten(class_logits)
     assignment = assign(
@@ -394,7 +225,14 @@ def loss(
     )
     _require_valid_priors(inside)
     _require_wide_logits(logits, assignment.quality.dtype, where="rtmdet.loss")
-    aims = _targets(assignment.gt_index, assignment.quality, gt_boxes, gt_labels, num_classes=logits.shape[-1], pos_weight=pos_weight)
+    aims = _targets(
+        assignment.gt_index,
+        assignment.quality,
+        gt_boxes,
+        gt_labels,
+        num_classes=logits.shape[-1],
+        pos_weight=pos_weight,
+    )
     weights = _Weights(beta, class_loss_weight, box_loss_weight, giou_eps)
     levels = _level_losses(logits, boxes, aims, [level[0, 0].numel() for level in class_logits], weights)
     return _normalised(levels, *(mean_over_ranks(factor) for factor in _average_factors(levels)))
@@ -428,8 +266,8 @@ def _points(
     distances: Sequence[Tensor],
     strides: Sequence[int | Sequence[int]],
     gt_valid: Tensor,
-    pad_shape: Tensor | None,
-    img_shape: Tensor | None,
+    pad_shapes: Tensor | None,
+    image_shapes: Tensor | None,
     offset: float,
     allowed_border: float,
 ) -> tuple[Tensor, Tensor]:
@@ -439,21 +277,21 @@ def _points(
         expected = f"maps of sizes {sizes}, for at least one image"
         got = f"{[tuple(level.shape) for level in distances]}"
         raise InputError("distances", expected=expected, got=got, where="rtmdet.loss")
-    if any(x != y for x, y in _pairs(strides, len(sizes))):
+    if any(x != y for x, y in _stride_pairs(strides, len(sizes), "rtmdet.loss")):
         raise UpstreamRaises(
             "rtmdet.unequal-strides", expected="equal strides along x and y", got=str(strides), where="rtmdet.loss"
         )
     dtype = torch.promote_types(distances[0].dtype, torch.float32)
     points = priors(sizes, strides, offset=offset, like=distances[0].new_zeros((), dtype=dtype))
     inside = gt_valid.new_ones(len(gt_valid), len(points))
-    if pad_shape is not None:
-        inside = valid_flags(sizes, strides, pad_shape)
+    if pad_shapes is not None:
+        inside = valid_flags(pad_shapes, sizes=sizes, strides=strides, base_anchors=[1] * len(sizes))
     if allowed_border >= 0:
-        if img_shape is None:
+        if image_shapes is None:
             raise InputError(
-                "img_shape", expected="image sizes with an allowed border", got="none", where="rtmdet.loss"
+                "image_shapes", expected="image sizes with an allowed border", got="none", where="rtmdet.loss"
             )
-        inside = inside_flags(points, inside, img_shape, allowed_border=allowed_border)
+        inside = inside_flags(points, inside, image_shapes, allowed_border=allowed_border)
     return points, inside
 
 

@@ -1,20 +1,24 @@
 """What a run found, in memory: every report is made from one `Report`, and the schema below is its contract.
 
 Schema 1. ``results.json`` holds a `Report` as nested objects; ``results.csv`` its rows, one line each, with the fields of
-`Row` as columns; ``measurements.csv`` its measurements. Fields are only added; a change of meaning raises `SCHEMA`.
+`Row` as columns; ``measurements.csv`` its measurements. Fields are only added, and unknown ones ignored; a change of meaning
+raises `SCHEMA`. Numbers that JSON does not have are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
 
 from detoracle.reference.errors import InputError
 
 __all__ = ["SCHEMA", "Measurement", "Picture", "Report", "Row", "from_json", "to_json"]
 
 SCHEMA = 1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,20 @@ class Picture:
     given: list[int]
     margin: list[float]
 
+    def __post_init__(self) -> None:
+        """Check what drawing relies on."""
+        anchors = [len(v) for v in (self.anchor_points, self.anchor_strides, self.expected, self.given, self.margin)]
+        if len(set(anchors)) > 1 or len(self.gt_boxes) != len(self.gt_labels):
+            raise InputError(
+                "picture",
+                expected="as many points, strides, outcomes and margins, and as many boxes as labels",
+                got=f"{anchors} and {len(self.gt_boxes)}, {len(self.gt_labels)}",
+                where=f"{self.operation} on {self.scene}",
+            )
+        widths = {len(self.size), *map(len, self.anchor_points)} - {2}, set(map(len, self.gt_boxes)) - {4}
+        if any(widths):
+            raise InputError("picture", expected="a size and points of two numbers, boxes of four", got=str(widths))
+
 
 @dataclass(frozen=True)
 class Report:
@@ -174,23 +192,23 @@ class Report:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Report as nested plain objects, with the schema's number.
+    """Report as nested plain objects, with the schema's number; strict JSON can hold all of it.
 
     Examples
     --------
     >>> to_json(Report("t", "c", "2026-01-01T00:00:00Z", 1.0, 0, {}))["schema"]
     1
     """
-    return {"schema": SCHEMA, **asdict(report)}
+    return {"schema": SCHEMA, **_plain(report)}
 
 
-def from_json(body: Mapping[str, Any]) -> Report:
+def from_json(body: Any) -> Report:
     """Report from what `to_json` gave.
 
     Raises
     ------
     InputError
-        If it is of another schema, or incomplete.
+        If it is of another schema, or incomplete, or a value is of another type.
 
     Examples
     --------
@@ -198,13 +216,65 @@ def from_json(body: Mapping[str, Any]) -> Report:
     >>> from_json(to_json(report)) == report
     True
     """
-    if body.get("schema") != SCHEMA:
-        raise InputError("results.json", expected=f"schema {SCHEMA}", got=repr(body.get("schema")))
+    schema = body.get("schema") if isinstance(body, Mapping) else None
+    if schema != SCHEMA:
+        raise InputError("results.json", expected=f"schema {SCHEMA}", got=repr(schema), fix="Run it again to make one.")
     try:
-        fields = {name: value for name, value in body.items() if name != "schema"}
-        for name, kind in (("rows", Row), ("measurements", Measurement), ("pictures", Picture)):
-            fields[name] = tuple(kind(**item) for item in fields[name])
-        fields["pictures"] = tuple(Picture(**{**asdict(p), "size": tuple(p.size)}) for p in fields["pictures"])
-        return Report(**{**fields, "notes": tuple(fields["notes"])})
-    except (TypeError, KeyError) as error:
+        return _read(Report, body)
+    except (TypeError, ValueError, AttributeError) as error:
         raise InputError("results.json", expected=f"a report of schema {SCHEMA}", got=str(error)) from error
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and tuples as objects and lists, numbers that JSON lacks as strings."""
+    if is_dataclass(value):
+        return {name: _plain(item) for name, item in vars(value).items()}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _read(kind: type[T], body: Mapping[str, Any]) -> T:
+    """A dataclass from its plain form, each value as its field is declared."""
+    known = {f.name: str(f.type) for f in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: _READERS[known[name]](value) for name, value in body.items() if name in known})
+
+
+def _exactly(kind: type[T]) -> Callable[[Any], T]:
+    def read(value: Any) -> T:
+        if type(value) is not kind:
+            raise TypeError(f"{value!r:.80} for {kind.__name__}")
+        return value
+
+    return read
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError(f"{value!r} for a number")
+    return float(value)
+
+
+def _list(item: Callable[[Any], T]) -> Callable[[Any], list[T]]:
+    return lambda value: [item(one) for one in _exactly(list)(value)]
+
+
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "str": _exactly(str),
+    "int": _exactly(int),
+    "float": _number,
+    "list[int]": _list(_exactly(int)),
+    "list[float]": _list(_number),
+    "list[list[float]]": _list(_list(_number)),
+    "tuple[float, float]": lambda value: tuple(_list(_number)(value)),
+    "tuple[str, ...]": lambda value: tuple(_list(_exactly(str))(value)),
+    "tuple[Row, ...]": lambda value: tuple(_read(Row, item) for item in value),
+    "tuple[Measurement, ...]": lambda value: tuple(_read(Measurement, item) for item in value),
+    "tuple[Picture, ...]": lambda value: tuple(_read(Picture, item) for item in value),
+    "Mapping[str, str | int | bool]": _exactly(dict),
+}
+"""How a field of each declared type is read."""

@@ -18,13 +18,15 @@ from detoracle.properties.golden.vectors import Recorded, read_vectors
 
 __all__ = ["golden"]
 
-_STATUSES = ("equal", "ambiguous", "different", "unchecked")
+_STATUSES = ("equal", "ambiguous", "different", "flavour", "unchecked")
 
 
 def golden(
     files: Annotated[list[Path], typer.Argument(metavar="FILE.npz...", help="Each with its .json beside it.")],
     json: Annotated[Path | None, typer.Option("--json", help="Write every check to this file.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Also list ambiguous stages and named behaviours.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Also list ambiguous stages, flavours and named behaviours.")
+    ] = False,
 ) -> None:
     """Replay recorded vectors of the genuine code through the oracles, stage by stage.
 
@@ -35,14 +37,18 @@ def golden(
     reasons: Counter[str] = Counter()
     body: list[dict[str, Any]] = []
     scenes = [scene for file in files for scene in read_vectors(file)]
-    for scene in track(scenes, "replaying", console=Console(stderr=True), disable=not console.is_terminal, transient=True):
+    for scene in track(
+        scenes, "replaying", console=Console(stderr=True), disable=not console.is_terminal, transient=True
+    ):
         counts[scene.recording]["scenes"] += 1
         for check in _replay(scene):
             counts[scene.recording][check.status] += 1
             body.append({"recording": scene.recording, "scene": scene.name, **vars(check)})
             if check.status == "unchecked":
                 reasons[f"{scene.recording}: {check.detail}"] += 1
-            if check.status == "different" or (verbose and (check.status == "ambiguous" or check.stage == "raises")):
+            if check.status == "different" or (
+                verbose and (check.status in ("ambiguous", "flavour") or check.stage == "raises")
+            ):
                 print(f"{check.status}: {scene.recording}/{scene.name} {check.stage}: {check.detail}")
     table = Table("recording", "scenes", "stages checked", *_STATUSES, box=None)
     for recording, count in counts.items():
@@ -51,6 +57,8 @@ def golden(
     console.print(table)
     for reason, number in reasons.items():
         print(f"unchecked: {number} of {reason}")
+    for recording in (r for r, count in counts.items() if count["flavour"]):
+        print(f"flavour: {recording} is of another flavour than the oracle's; --verbose lists what it does otherwise")
     write_json(json, body)
     if any(count["different"] for count in counts.values()):
         raise typer.Exit(1)

@@ -28,8 +28,9 @@ class StageCheck:
     ----------
     stage : str
         Name of the recorded output, such as ``cost.0``; ``raises`` for an exception.
-    status : {"equal", "ambiguous", "different", "unchecked"}
+    status : {"equal", "ambiguous", "different", "unchecked", "flavour"}
         ``ambiguous``: differs only where rounding decides. ``unchecked``: no oracle stage, for the reason given.
+        ``flavour``: differs, in a recording of another release than the oracle's.
     detail : str
         What differs, where and by how much; the named behaviour; or the reason.
     """

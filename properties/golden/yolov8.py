@@ -238,9 +238,13 @@ def _assignment(scene: Recorded, arguments: dict[str, Any]) -> Iterator[StageChe
     order = recorded["align_metric"].nan_to_num(nan=torch.inf)  # NaN comes first
     topk, valid = arguments["topk"], given["gt_valid"]
     claims = torch.stack([yolov8._claim(m, v, topk) for m, v in zip(order, valid, strict=True)])
-    same_count = claims.sum(-1, keepdim=True) == recorded["mask_topk"].sum(-1, keepdim=True)
     kth = order.topk(topk, dim=-1).values[..., -1:]
-    yield discrete("mask_topk", claims, recorded["mask_topk"], open_=(order == kth) & same_count)
+    tied = (order == kth) & ((order >= kth).sum(-1, keepdim=True) > topk)
+    same_count = claims.sum(-1, keepdim=True) == recorded["mask_topk"].sum(-1, keepdim=True)
+    yield discrete("mask_topk", claims, recorded["mask_topk"], open_=tied & same_count)
+    if scene.has("out/derived_topk_ambiguous"):
+        inside = tied & recorded["mask_in_gts"] & valid[..., None]
+        yield discrete("derived_topk_ambiguous", inside, scene.tensor("out/derived_topk_ambiguous"))
     before = recorded["mask_topk"].bool() & recorded["mask_in_gts"] & valid[..., None]
     yield discrete("mask_pos_before", before, scene.tensor("out/mask_pos_before"))
     before = scene.tensor("out/mask_pos_before").bool()

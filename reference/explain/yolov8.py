@@ -167,7 +167,7 @@ def _world(pairs: _Pairs, counts: Tensor, topk: int) -> World:
     order = torch.arange(num_gts, device=counts.device)
     exact_zero = (overlap.value == 0) & (overlap.error == 0)
     preference = Bounded(
-        torch.where(exact_zero, _TINY * order[:, None], -overlap.value), overlap.error, overlap.precision
+        torch.where(exact_zero, _TINY * order[:, None].double(), -overlap.value), overlap.error, overlap.precision
     )
     world = claims_world(inside, preference, torch.arange(num_anchors, device=counts.device), num_anchors, order)
     edges = _decision(pairs.counts).margin.amin(0)

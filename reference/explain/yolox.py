@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,14 +11,8 @@ from torch import Tensor
 
 from detoracle.reference import yolox
 from detoracle.reference.assignment import Assignment
-from detoracle.reference.explain.explanation import (
-    Explanation,
-    World,
-    background_world,
-    claim_decisions,
-    claims_world,
-    worlds_of,
-)
+from detoracle.reference.explain.dynamic_k import dynamic_k_world
+from detoracle.reference.explain.explanation import Explanation, World, background_world, worlds_of
 from detoracle.reference.rounding import Bounded, Decision
 
 __all__ = [
@@ -166,7 +159,7 @@ def explain_assign(
                 rules,
                 where=f"yolox.assign, image {image}",
             )
-            return _matching_world(cost, iou, candidate, valid)  # type: ignore[arg-type]
+            return dynamic_k_world(cost, iou, candidate, valid, top=yolox._TOP_CANDIDATES)  # type: ignore[arg-type]
 
         worlds.append(worlds_of(near.any(0), world))  # type: ignore[arg-type]
     return Explanation(tuple(worlds), lambda gt_index: _quality(bounded, boxes, gt_index))
@@ -197,32 +190,9 @@ def explain_dynamic_k_matching(
             continue
         yolox._require_candidates(near, where=f"yolox.dynamic_k_matching, image {image}")
         pair_cost, pair_iou = (Bounded.exact(t[image, valid][:, near], dtype) for t in (cost, iou))
-        worlds.append((_matching_world(pair_cost, pair_iou, near, valid),))
+        worlds.append((dynamic_k_world(pair_cost, pair_iou, near, valid, top=yolox._TOP_CANDIDATES),))
     exact = Bounded.exact(iou, dtype)
     return Explanation(tuple(worlds), lambda gt_index: yolox._matched_iou(gt_index, exact))  # type: ignore[arg-type,return-value]
-
-
-def _matching_world(cost: Bounded, iou: Bounded, candidate: Tensor, valid: Tensor) -> World:
-    k, fewest, most, k_margin = _k_range(iou)
-    claims = claim_decisions(cost, fewest, most, k_margin, k)
-    world = claims_world(claims, cost, candidate.nonzero().flatten(), len(candidate), valid.nonzero().flatten())
-    low, high = (torch.zeros_like(valid, dtype=torch.int64).masked_scatter(valid, t) for t in (fewest, most))
-    return replace(world, k_range=(low, high))
-
-
-def _k_range(iou: Bounded) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Dynamic k, the fewest and the most it can be, and the margin of the IoU sum to the next integer that matters."""
-    top = min(yolox._TOP_CANDIDATES, iou.shape[1])
-    low, middle, high = (t.topk(top, dim=1).values.sum(1) for t in (iou.lower, iou.value, iou.upper))
-    error = torch.maximum(high - middle, middle - low) + top * iou.precision.unit * middle.abs()
-    error = torch.where(middle == middle.round(), torch.where(high > low, error, 0.0), error)
-    k, fewest, most = (
-        t.nan_to_num(nan=1.0).floor().long().clamp(min=1, max=iou.shape[1])
-        for t in (middle, middle - error, middle + error)
-    )
-    down = torch.where(k >= 2, middle - k, math.inf)
-    distance = torch.minimum(down, k + 1 - middle).nan_to_num(nan=math.inf)
-    return k, fewest, most, torch.where(error > 0, distance / error, math.inf)
 
 
 def _quality(predictions: Bounded, gt_boxes: Bounded, gt_index: Tensor) -> Bounded:

@@ -27,7 +27,9 @@ def _ciou(first: Tensor, second: Tensor) -> Tensor:
     w1, h1, w2, h2 = x2 - x1, (y2 - y1) + 1e-7, u2 - u1, (v2 - v1) + 1e-7
     union = h2 * w2 + (h1 * w1 - height * width) + 1e-7
     iou = height * width / union
-    diagonal = (torch.maximum(y2, v2) - torch.minimum(y1, v1)) ** 2 + (torch.maximum(x2, u2) - torch.minimum(x1, u1)) ** 2
+    diagonal = (torch.maximum(y2, v2) - torch.minimum(y1, v1)) ** 2 + (
+        torch.maximum(x2, u2) - torch.minimum(x1, u1)
+    ) ** 2
     distance = (((v1 - y1) + (v2 - y2)) ** 2 + ((u1 - x1) + (u2 - x2)) ** 2) * 0.25 / (diagonal + 1e-7)
     shape = (torch.atan(w1 / h1) - torch.atan(w2 / h2)) ** 2 * (4 / torch.pi**2)
     return iou - distance - shape * (shape / ((1 + 1e-7) - iou + shape))
@@ -143,11 +145,13 @@ def test_few_positives_are_ambiguous() -> None:
     ids=["top-9", "top-11", "conflict-by-metric", "diou", "iou", "alpha-1", "beta-5"],
 )
 def test_another_rule_is_wrong(fault: dict[str, Any]) -> None:
-    scenes = [_scene(seed) for seed in range(3)]
+    scenes = [_scene(seed, num_gts=12) for seed in range(6)]
     assert any(explain_assign(**scene).wrong(_port(**scene, **fault)[0]).any() for scene in scenes)
 
 
-def _row(gts: list[list[float]], boxes: list[list[float]], *, topk: int, scores: Tensor | None = None) -> dict[str, Any]:
+def _row(
+    gts: list[list[float]], boxes: list[list[float]], *, topk: int, scores: Tensor | None = None
+) -> dict[str, Any]:
     """Anchor points 4, 12, 20, ... on a line, one class unless scores say otherwise."""
     count = len(boxes)
     return {
@@ -163,11 +167,11 @@ def _row(gts: list[list[float]], boxes: list[list[float]], *, topk: int, scores:
 
 def test_a_point_on_the_edge_is_outside() -> None:
     box = [4.0, 0.0, 20.0, 8.0]
-    scene = _row([box], [box] * 4, topk=1)
+    scene = _row([box], [box] * 4, topk=1, scores=torch.tensor([[[0.9], [0.5], [0.4], [0.3]]]))
     explanation = explain_assign(**scene)
     assert explanation.gt_index.tolist() == [[-1, 0, -1, -1]]
     assert not explanation.ambiguous.any()
-    assert explanation.wrong(_port(**scene, on_edge=True)[0]).any()
+    assert explanation.wrong(_port(**scene, on_edge=True)[0]).tolist() == [[True, True, False, False]]
 
 
 def test_a_tie_at_the_kth_place_takes_any_but_not_more() -> None:
@@ -182,14 +186,26 @@ def test_a_tie_at_the_kth_place_takes_any_but_not_more() -> None:
 def test_zero_metrics_fill_up_from_inside_and_outside() -> None:
     box = [0.0, 0.0, 24.0, 8.0]  # holds three anchors; one predicts it, and there are two anchors outside
     explanation = explain_assign(**_row([box], [box, FAR, FAR, FAR, FAR], topk=2))
-    for claimed, right in (([0], True), ([0, 1], True), ([0, 2], True), ([0, 1, 2], False), ([1, 2], False), ([0, 3], False)):
+    for claimed, right in (
+        ([0], True),
+        ([0, 1], True),
+        ([0, 2], True),
+        ([0, 1, 2], False),
+        ([1, 2], False),
+        ([0, 3], False),
+    ):
         gt_index = torch.full((1, 5), -1)
         gt_index[0, claimed] = 0
         assert bool(explanation.wrong(gt_index).any()) != right
 
 
 def test_fill_up_must_take_from_inside_what_outside_cannot_give() -> None:
-    box = [0.0, 0.0, 24.0, 8.0]  # three anchors inside, one outside: of three claims at least one falls on a zero inside
+    box = [
+        0.0,
+        0.0,
+        24.0,
+        8.0,
+    ]  # three anchors inside, one outside: of three claims at least one falls on a zero inside
     explanation = explain_assign(**_row([box], [box, FAR, FAR, FAR], topk=3))
     for claimed, right in (([0], False), ([0, 1], True), ([0, 2], True), ([0, 1, 2], True)):
         gt_index = torch.full((1, 4), -1)
