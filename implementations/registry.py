@@ -156,11 +156,25 @@ def discover(pyproject: Path | None = None) -> tuple[Implementation, ...]:
     ]
     modules += [point.value for point in importlib.metadata.entry_points(group=ENTRY_POINTS)]
     if pyproject is not None and pyproject.is_file():
-        settings = tomllib.loads(pyproject.read_text(encoding="utf-8")).get("tool", {}).get("detoracle", {})
-        modules += settings.get("implementations", [])
+        modules += _named_in(pyproject)
     found = [one for module in modules for one in marked_in(_import(module))]
     _refuse_doubles(found)
     return tuple(found)
+
+
+def _named_in(pyproject: Path) -> list[str]:
+    try:
+        tables = tomllib.loads(pyproject.read_text(encoding="utf-8"))
+        named = tables.get("tool", {}).get("detoracle", {}).get("implementations", [])
+        if not isinstance(named, list) or not all(isinstance(module, str) for module in named):
+            raise TypeError(f"implementations = {named!r}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            pyproject.name,
+            expected="TOML whose [tool.detoracle] implementations, if any, is a list of modules",
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+    return named
 
 
 def _import(module: str) -> ModuleType:

@@ -294,6 +294,11 @@ def _outcome_finding(operation: Operation, explanation: Explanation, given: Tens
 
 
 def _k_finding(operation: Operation, explanation: Explanation, given: Tensor) -> list[Finding]:
+    clause, want = f"{operation.name}[dynamic_k]", [worlds[0].k_range for worlds in explanation.worlds]
+    counted = next((k_range[0] for k_range in want if k_range is not None), given[:1].flatten())
+    if given.shape != (len(want), len(counted)) or given.device != counted.device:
+        expected, got = f"shape {(len(want), len(counted))} on {counted.device}", f"{tuple(given.shape)} on {given.device}"
+        return [Finding(clause, "", f"expected {expected}, got {got}")]
     wrong = explanation.wrong_k(given)
     if not wrong.any():
         return []
@@ -302,7 +307,7 @@ def _k_finding(operation: Operation, explanation: Explanation, given: Tensor) ->
     low, high = min(int(r[0][gt]) for r in ranges), max(int(r[1][gt]) for r in ranges)
     expected = str(low) if low == high else f"{low} to {high}"
     message = f"expected {expected}, got {int(given[image, gt])}"
-    return [Finding(f"{operation.name}[dynamic_k]", f"image {image}, ground truth {gt}", message, int(wrong.sum()))]
+    return [Finding(clause, f"image {image}, ground truth {gt}", message, int(wrong.sum()))]
 
 
 # -------------------------------------------------------------------------------------------------------- losses

@@ -78,7 +78,7 @@ def read_known_failures(path: Path) -> tuple[KnownFailure, ...]:
         for name in ("clause", "scene", "reason", "link"):
             if not isinstance(getattr(entry, name), str) or not getattr(entry, name).strip():
                 raise InputError(path.name, expected=f"a text as '{name}'", got=repr(getattr(entry, name)))
-        if not isinstance(entry.expires, datetime.date):
+        if not isinstance(entry.expires, datetime.date) or isinstance(entry.expires, datetime.datetime):
             raise InputError(path.name, expected="a date as 'expires', like 2027-01-31", got=repr(entry.expires))
     return entries
 

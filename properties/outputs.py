@@ -67,6 +67,7 @@ def perform(operation: Operation, call: Callable[..., Any], arguments: Mapping[s
     given = copy.deepcopy({name: _detached(value) for name, value in arguments.items()})
     watched = dict(_tensors(given))
     before = {name: (tensor.clone(), tensor._version) for name, tensor in watched.items()}
+    lists = [(name, value, list(value)) for name, value in given.items() if isinstance(value, list)]
     leaves = {name: t for name, t in watched.items() if name.partition("[")[0] in operation.gradients}
     for tensor in leaves.values():
         tensor.requires_grad_()
@@ -81,6 +82,9 @@ def perform(operation: Operation, call: Callable[..., Any], arguments: Mapping[s
         original, version = before[name]
         if tensor._version != version or not _same(tensor.detach(), original):
             return Outcome(problem="mutated-input", message=f"{name} was written to")
+    for name, value, before_call in lists:
+        if len(value) != len(before_call) or any(new is not old for new, old in zip(value, before_call, strict=True)):
+            return Outcome(problem="mutated-input", message=f"the list {name} was written to")
     return Outcome({name: output.detach() for name, output in outputs.items()}, gradients)
 
 

@@ -128,10 +128,11 @@ def read_scene(path: Path) -> SavedScene:
         if body["format"] != FORMAT:
             raise ValueError(f"format {body['format']!r}")
         arguments = {name: _decode(value) for name, value in body["arguments"].items()}
-        return SavedScene(
-            body["operation"], body["name"], arguments, body["implementation"], tuple(body["findings"])
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        texts = [body[name] for name in ("operation", "name", "implementation")]
+        if not all(isinstance(text, str) for text in (*texts, *body["findings"])):
+            raise TypeError("operation, name, implementation and findings are texts")
+        return SavedScene(texts[0], texts[1], arguments, texts[2], tuple(body["findings"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         got = type(error).__name__ if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise InputError(path.name, expected=f"a scene file ({FORMAT})", got=got) from error
 

@@ -199,7 +199,9 @@ def ssd_sizes(
     if (input_size, low) not in _SSD_RATIO_BELOW or num_levels < 3:
         known = ", ".join(f"{size} from {share}%" for size, share in _SSD_RATIO_BELOW)
         raise InputError(
-            "input_size", expected=f"{known}, and at least 3 levels", got=f"{input_size} from {low}%, {num_levels} levels"
+            "input_size",
+            expected=f"{known}, and at least 3 levels",
+            got=f"{input_size} from {low}%, {num_levels} levels",
         )
     step = (high - low) // (num_levels - 2)
     shares = [_SSD_RATIO_BELOW[input_size, low], *range(low, high + 1, step)]

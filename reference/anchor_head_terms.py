@@ -149,7 +149,8 @@ def sigmoid_cross_entropy(
 ) -> Tensor:
     """Binary cross entropy of every logit against its row's class as a one-hot vector.
 
-    A label of C or more is all-zero, that is background; a row of a negative label costs 0. Neither is refused.
+    A label of C or more is all-zero, that is background; a row of a negative label costs 0. Neither is refused. Half
+    precision logits are compared in single precision.
 
     Parameters
     ----------
@@ -190,8 +191,8 @@ def sigmoid_cross_entropy(
     kept = ((labels >= 0) & (labels != ignore_index))[:, None].expand(logits.shape)
     present = _one_hot(labels, logits.shape[1]) & kept
     classes = None if class_weight is None else logits.new_tensor(list(class_weight))
-    loss = F.binary_cross_entropy_with_logits(logits, present.to(logits.dtype), pos_weight=classes, reduction="none")
-    each = kept.to(logits.dtype) if weight is None else weight[:, None] * kept
+    loss = F.binary_cross_entropy_with_logits(logits, present.float(), pos_weight=classes, reduction="none")
+    each = kept.float() if weight is None else weight[:, None] * kept
     average = _average(avg_factor, reduction, kept) if avg_non_ignore else avg_factor
     return weighted(loss, each, reduction=reduction, avg_factor=average) * loss_weight
 
@@ -439,7 +440,9 @@ def giou_loss(
     0.6667
     """
     if weight is not None and tuple(weight.shape) not in (predicted.shape[:1], predicted.shape):
-        raise InputError("weight", expected="(N,) or (N, 4)", got=str(tuple(weight.shape)), where="anchor_head.giou_loss")
+        raise InputError(
+            "weight", expected="(N,) or (N, 4)", got=str(tuple(weight.shape)), where="anchor_head.giou_loss"
+        )
     if weight is not None and reduction != "none" and not int((weight > 0).sum()):
         return (predicted * (weight if weight.ndim == 2 else weight[:, None])).sum()
     each = weight.mean(-1) if weight is not None and weight.ndim == 2 else weight

@@ -339,7 +339,9 @@ def _div(a: Any, b: Any) -> Bounded:
     nearest = torch.as_tensor(_abs(bv) - be, dtype=torch.float64).clamp_min(0)
     error = torch.as_tensor((ae + _product(_abs(value), be)) / nearest)
     error = torch.where(torch.as_tensor(ae == 0) & torch.as_tensor(be == 0), 0.0, error)
-    return _rounded(value, error + torch.zeros_like(value), _precision(a, b), units=1.0)
+    result = _rounded(value, error + torch.zeros_like(value), _precision(a, b))
+    certain_nan = torch.as_tensor((av == 0) & (bv == 0) & (ae == 0) & (be == 0))  # 0/0, however it is rounded
+    return Bounded(result.value, result.error.masked_fill(certain_nan, 0.0), result.precision)
 
 
 def _monotone(
@@ -419,11 +421,14 @@ def _sum(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     terms = math.prod(x.shape[d] for d in ((dims,) if isinstance(dims, int) else dims))
     add = (lambda t: t.sum()) if dim is None else (lambda t: t.sum(dim, keepdim))
     value, propagated, magnitude = add(x.value), add(x.error), add(x.value.abs())
-    result = _rounded(value, propagated, x.precision)
-    if terms <= 1 or not torch.any(result.error > 0):
-        return result
-    own = torch.nan_to_num(max(terms - 1, 0) * x.precision.unit * magnitude, nan=0.0, posinf=math.inf)
-    return Bounded(result.value, torch.where(result.error > 0, propagated + own, 0.0), x.precision)
+    if terms <= 1:
+        return Bounded(value, propagated, x.precision)
+    # Exact in any order only if all terms, and so all partial sums, are multiples of a step that is not too fine.
+    _, exponent = torch.frexp(x.value.abs().sum(dims, keepdim=True))
+    steps = torch.ldexp(x.value, x.precision.bits - exponent)
+    exact = (propagated == 0) & ((steps != steps.round()).sum(dims, keepdim=keepdim) == 0)
+    own = torch.nan_to_num((terms - 1) * x.precision.unit * magnitude, nan=0.0, posinf=math.inf)
+    return _rounded(value, propagated + own.masked_fill(exact, 0.0), x.precision)
 
 
 def _prod(x: Bounded, dim: int) -> Bounded:

@@ -250,7 +250,7 @@ def dynamic_k_matching(
     gt_valid : Tensor (B, G) bool
         False for padding.
     topk : int
-        Largest IoUs that add up to a ground truth's number of claims, at least 1.
+        How many of the largest IoUs add up to a ground truth's number of claims, which is 1 at least.
 
     Returns
     -------
@@ -268,8 +268,8 @@ def dynamic_k_matching(
     >>> gt_index.tolist(), dynamic_k.tolist()
     ([[1, 0, -1]], [[2, 1]])
     """
-    if topk < 1:
-        raise InputError("topk", expected="at least 1", got=str(topk), where="rtmdet")
+    if topk < 0:
+        raise InputError("topk", expected="0 or more", got=str(topk), where="rtmdet")
     gt_index = torch.full(candidate.shape, BACKGROUND, device=cost.device)
     dynamic_k = torch.zeros(gt_valid.shape, dtype=torch.int64, device=cost.device)
     for image, valid in enumerate(gt_valid):

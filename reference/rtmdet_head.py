@@ -51,6 +51,10 @@ def joint_logits(class_logits: Tensor, objectness_logits: Tensor) -> Tensor:
     return _inverse_sigmoid(_GeometricMean.apply(class_logits, objectness_logits))
 
 
+def _geometric_mean(x: Tensor, y: Tensor) -> Tensor:
+    return torch.sqrt(torch.sigmoid(x) * torch.sigmoid(y))
+
+
 def _inverse_sigmoid(probability: Tensor) -> Tensor:
     inner = torch.clamp(probability, min=0, max=1)
     return torch.log(torch.clamp(inner, min=_LOGIT_EPS) / torch.clamp(1 - inner, min=_LOGIT_EPS))
@@ -62,7 +66,7 @@ class _GeometricMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         """Values."""
-        mean = torch.sqrt(torch.sigmoid(x) * torch.sigmoid(y))
+        mean = _geometric_mean(x, y)
         ctx.save_for_backward(x, y, mean)
         return mean
 

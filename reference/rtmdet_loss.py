@@ -23,7 +23,7 @@ from detoracle.reference.assignment import IGNORED
 from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.rtmdet import SOURCE, assign, decode, priors
-from detoracle.reference.rtmdet_terms import _require_wide_logits, giou_loss, qfl
+from detoracle.reference.rtmdet_terms import giou_loss, qfl
 
 __all__ = ["giou_loss", "loss", "mean_over_ranks", "qfl", "targets"]
 
@@ -168,7 +168,7 @@ def loss(
         Pixels that a prior may stick out of the image; below 0, all valid priors take part. Upstream compares the
         *strides* of a prior, not its point, with the right and bottom of the image, so that points beyond stay in.
     topk : int
-        Largest IoUs that add up to a ground truth's number of claims.
+        How many of the largest IoUs add up to a ground truth's number of claims.
     soft_center_radius : float
         Strides at which the distance cost is 1.
     iou_weight : float
@@ -224,7 +224,6 @@ def loss(
         iou_weight=iou_weight,
     )
     _require_valid_priors(inside)
-    _require_wide_logits(logits, assignment.quality.dtype, where="rtmdet.loss")
     aims = _targets(
         assignment.gt_index,
         assignment.quality,

@@ -36,8 +36,8 @@ def qfl(
 ) -> Tensor:
     """Quality focal loss: binary cross entropy towards a quality, weighted by the distance from it.
 
-    Each entry costs BCE(x, q) * |q - sigmoid(x)|^beta, where q is the quality in the labelled class and 0 in all others;
-    a row costs the sum over its classes. The gradient flows through both factors.
+    Each entry costs BCE(x, q) * |q - sigmoid(x)|^beta, where q is the quality in the labelled class and 0 in all
+    others; a row costs the sum over its classes. The gradient flows through both factors.
 
     Parameters
     ----------
@@ -119,12 +119,8 @@ def _reduced(
         try:
             loss = loss * weight
         except RuntimeError as error:
-            raise UpstreamRaises(
-                "rtmdet.weight-shape",
-                expected=f"one weight a row, {tuple(loss.shape)}",
-                got=str(tuple(weight.shape)),
-                where=where,
-            ) from error
+            got, expected = str(tuple(weight.shape)), f"one weight a row, {tuple(loss.shape)}"
+            raise UpstreamRaises("rtmdet.weight-shape", expected=expected, got=got, where=where) from error
     if reduction == "none":
         return loss
     if average_factor is None:
@@ -187,6 +183,6 @@ def giou_loss(
     if weight is not None and reduction != "none" and not int((weight > 0).sum()):
         return (predicted * (weight[:, None] if weight.ndim == 1 else weight)).sum()
     rows = 1 - overlaps_mmdet.__wrapped__(predicted, target, mode="giou", aligned=True, eps=eps)  # type: ignore[attr-defined]
-    if weight is not None and weight.ndim > 1:
+    if weight is not None and weight.shape == predicted.shape:
         weight = weight.mean(-1)
     return loss_weight * _reduced(rows, weight, reduction, average_factor, where="rtmdet.giou_loss")

@@ -248,7 +248,7 @@ def hard_negatives(conf: Tensor, gt_index: Tensor, gt_labels: Tensor, *, neg_pos
     _check_class_target(class_target, conf.shape[-1], where="ssd.hard_negatives")
     ranked_by = _mining_loss(_log_sum_exp(conf), conf, class_target)
     positive = class_target > 0
-    negative = _hardest(ranked_by, _num_negatives(positive, neg_pos)) & ~positive
+    negative = _hardest(ranked_by, _num_negatives(positive, neg_pos))
     selected = torch.where(positive, gt_index.long(), torch.where(negative, BACKGROUND, IGNORED))
     return Assignment(selected, torch.where(negative, ranked_by, 0.0))
 

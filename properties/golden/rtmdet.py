@@ -82,6 +82,11 @@ def _autocast(scene: Recorded) -> AbstractContextManager[object]:
     return torch.autocast("cpu", dtype=getattr(torch, name)) if name else nullcontext()
 
 
+def _grouped(scene: Recorded) -> bool:
+    """Was it one of several processes that took a common mean?"""
+    return "ddp" in scene.info["tags"]
+
+
 def _arguments(scene: Recorded) -> dict[str, Any]:
     """Arguments of `rtmdet_loss.loss`."""
     config = {**scene.config, **scene.info["cfg"]}
@@ -116,9 +121,7 @@ def _padded(images: list[Tensor], most: int) -> Tensor:
 
 def _stages(scene: Recorded, arguments: dict[str, Any]) -> Iterator[StageCheck]:
     """Everything up to the targets, each stage from the recorded results of the one before."""
-    logits, distances = (
-        [level.detach() for level in arguments[name]] for name in ("class_logits", "distances")
-    )
+    logits, distances = ([level.detach() for level in arguments[name]] for name in ("class_logits", "distances"))
     sizes = [(level.shape[2], level.shape[3]) for level in logits]
     strides = arguments["strides"]
     points = scene.tensor("out/grid_priors")
@@ -176,7 +179,10 @@ def _costs(
     distance: Any = rtmdet._distance(_exact(points[candidate]), _exact(recorded("gt_center").T))
     radius, iou_weight = arguments["soft_center_radius"], arguments["iou_weight"]
     one_hot = rtmdet._one_hot(labels, logits.shape[-1], where="golden")
-    given: dict[str, Any] = {"logits": _exact(logits[candidate], logits.dtype), "iou": _exact(recorded("pairwise_ious"))}
+    given: dict[str, Any] = {
+        "logits": _exact(logits[candidate], logits.dtype),
+        "iou": _exact(recorded("pairwise_ious")),
+    }
     cost, iou = rtmdet._cost(
         given["logits"],
         _exact(decoded[candidate]),
@@ -255,7 +261,8 @@ def _assignment(
         if scene.has(f"out/matched_pred_ious.{image}"):
             stage = f"matched_pred_ious.{image}"
             yield within(stage, scene.tensor(f"out/{stage}"), quality[image, positive])
-        overlaps: Any = torch.where(positive, quality[image], assignment.extra["max_overlaps"][image].clamp(max=0))
+        unmatched = assignment.extra["max_overlaps"][image].amin().clamp(max=0)
+        overlaps: Any = torch.where(positive, quality[image], unmatched)
         stage = f"max_overlaps.{image}"
         yield within(stage, scene.tensor(f"out/{stage}"), overlaps[took_part])
 
@@ -293,13 +300,15 @@ def _level_losses(scene: Recorded, arguments: dict[str, Any], parts: dict[str, T
     dtype = leaves[0].dtype
     levels: Any = explain.levels_given(gt_index, **detached, dtype=dtype)
     for number, level in enumerate(levels):
-        stages = zip(("raw_loss_cls", "raw_loss_bbox", "cls_avg_factor_part", "bbox_avg_factor_part"), level, strict=True)
+        stages = zip(
+            ("raw_loss_cls", "raw_loss_bbox", "cls_avg_factor_part", "bbox_avg_factor_part"), level, strict=True
+        )
         for name, bounded in stages:
             yield within(f"{name}.{number}", scene.tensor(f"out/{name}.{number}"), bounded)
     recorded = [scene.tensor(f"out/{name}_avg_factor") for name in ("cls", "bbox")]
     for name, factor, local in zip(("cls", "bbox"), recorded, rtmdet_loss._average_factors(levels), strict=True):
         stage = f"{name}_avg_factor"
-        if "ddp" in scene.info["tags"]:
+        if _grouped(scene):
             reason = "a mean over processes, each of which is a scene of its own; the group is a test of its own"
             yield StageCheck(stage, "unchecked", reason)
         else:
@@ -307,12 +316,18 @@ def _level_losses(scene: Recorded, arguments: dict[str, Any], parts: dict[str, T
     factors = (float(recorded[0]), float(recorded[1]))
     bounded = explain.loss_given(gt_index, **detached, average_factors=factors, dtype=dtype)
     yield within("loss_total", scene.tensor("out/loss_total"), bounded["total"])
+    with _autocast(scene):
+        explanation = explain.explain_loss(**detached, dtype=dtype)
+    if not _grouped(scene) and torch.equal(explanation.gt_index, gt_index):
+        yield within("loss_total", parts["total"].detach(), bounded["total"])  # from the raw predictions to the end
     for stage, part in (("loss_cls", "classification"), ("loss_bbox", "box")):
         for number in range(len(levels)):
             yield within(f"{stage}.{number}", scene.tensor(f"out/{stage}.{number}"), bounded[part][number])
     if not scene.has("out/grad_cls.0"):
         return
-    double = {name: [level.double().requires_grad_() for level in detached[name]] for name in ("class_logits", "distances")}
+    double = {
+        name: [level.double().requires_grad_() for level in detached[name]] for name in ("class_logits", "distances")
+    }
     in_double = {**detached, **double, "gt_boxes": arguments["gt_boxes"].double()}
     exact_total = explain.loss_given(gt_index, **in_double, average_factors=factors, dtype=None)["total"]
     with _autocast(scene):
@@ -322,3 +337,54 @@ def _level_losses(scene: Recorded, arguments: dict[str, Any], parts: dict[str, T
     names = [f"{name}.{level}" for name in ("grad_cls", "grad_bbox") for level in range(len(levels))]
     for stage, fine, coarse in zip(names, exact, plain, strict=True):
         yield gradient(stage, scene.tensor(f"out/{stage}"), fine, coarse)
+
+
+# ------------------------------------------------------------------------------------------------------- network
+def _network(scene: Recorded) -> Iterator[StageCheck]:
+    """Outputs, running statistics and gradients of a head, by what it does in float64 and in float32."""
+    with_loss = scene.info["kind"] == "net_loss"
+    cfg = scene.info["cfg"]
+    runs = []
+    for dtype in (torch.float64, torch.float32):
+        head = rtmdet_head.RTMDetSepBNHead(num_classes=cfg["num_classes"], strides=cfg["strides"], **cfg["net"])
+        state = {k.removeprefix("in/sd."): scene.tensor(k) for k in scene.arrays if k.startswith("in/sd.")}
+        head.load_state_dict(state)
+        runs.append(_run(scene, head.to(dtype), dtype, with_loss))
+    exact, plain = runs
+    for stage, fine in exact.items():
+        if not scene.has(f"out/{stage}"):
+            continue
+        recorded = scene.tensor(f"out/{stage}")
+        if fine.is_floating_point():
+            yield gradient(stage, recorded, fine, plain[stage], row=1 if fine.ndim > 1 else -1)
+        else:
+            yield discrete(stage, fine, recorded)
+    if with_loss:
+        arguments = _arguments(scene)
+        yield from _stages(scene, arguments)
+        for level in (*arguments["class_logits"], *arguments["distances"]):
+            level.requires_grad_()
+        yield from _level_losses(scene, arguments, rtmdet_loss.loss(**arguments))
+
+
+def _run(scene: Recorded, head: torch.nn.Module, dtype: torch.dtype, with_loss: bool) -> dict[str, Tensor]:
+    """Everything that a head gives, by the recorded names: in evaluation, and then in training."""
+    features = [feature.to(dtype).requires_grad_() for feature in scene.tensors("in/feats")]
+    found: dict[str, Tensor] = {}
+    for mode in ("eval", "train"):
+        logits, distances = head.train(mode == "train")(features)
+        for name, levels in (("cls", logits), ("bbox", distances)):
+            found |= {f"{mode}_{name}.{number}": level for number, level in enumerate(levels)}
+    found |= {f"sd_after.{name}": buffer.clone() for name, buffer in head.named_buffers()}
+    if with_loss:
+        given = {**_arguments(scene), "class_logits": logits, "distances": distances}
+        total = rtmdet_loss.loss(**{**given, "gt_boxes": given["gt_boxes"].to(dtype)})["total"]
+    else:
+        weights = [*scene.tensors("in/cot_cls"), *scene.tensors("in/cot_bbox")]
+        total = torch.stack([(t * w).sum() for t, w in zip([*logits, *distances], weights, strict=True)]).sum()
+        found["loss_total"] = total
+    parameters = dict(head.named_parameters())
+    gradients = torch.autograd.grad(total, [*features, *parameters.values()])
+    names = [*(f"grad_feat.{level}" for level in range(len(features))), *(f"grad_param.{name}" for name in parameters)]
+    found |= dict(zip(names, gradients, strict=True))
+    return {name: tensor.detach() for name, tensor in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,15 +103,17 @@ def read_vectors(path: Path) -> tuple[Recorded, ...]:
     """
     described = path.with_suffix(".json")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(path.name, expected="a readable .npz of recorded vectors", got=type(error).__name__) from error
     try:
         text = json.loads(described.read_text(encoding="utf-8"))
-        scenes, recording = text["scenes"], str(text["system"])
+        scenes, config, recording = dict(text["scenes"]), dict(text.get("config", {})), str(text["system"])
+        if not all(isinstance(info, Mapping) for info in scenes.values()):
+            raise TypeError("each scene is described by an object")
         system = next(s for s in SYSTEMS if recording.startswith(s))
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StopIteration) as error:
         raise InputError(
             described.name,
             expected=f"JSON beside the .npz with 'system' (one of {', '.join(SYSTEMS)}) and 'scenes'",
@@ -124,5 +127,4 @@ def read_vectors(path: Path) -> tuple[Recorded, ...]:
                 path.name, expected="keys <scene>/in/<name> or <scene>/out/<name> of a described scene", got=key
             )
         by_scene[name][rest] = array
-    config = text.get("config", {})
     return tuple(Recorded(name, system, recording, config, scenes[name], by_scene[name]) for name in scenes)

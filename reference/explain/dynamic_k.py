@@ -68,10 +68,11 @@ def k_range(iou: Bounded, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     top = min(top, iou.shape[1])
     low, middle, high = (t.topk(top, dim=1).values.sum(1) for t in (iou.lower, iou.value, iou.upper))
-    error = torch.maximum(high - middle, middle - low) + top * iou.precision.unit * middle.abs()
-    error = torch.where(middle == middle.round(), torch.where(high > low, error, 0.0), error)
+    largest = iou.value.topk(top, dim=1).values
+    summing: Tensor = Bounded(largest, torch.zeros_like(largest), iou.precision).sum(1).error
+    error = torch.maximum(high - middle, middle - low) + summing
     k, fewest, most = (
-        t.nan_to_num(nan=1.0).floor().long().clamp(min=1, max=iou.shape[1])
+        t.nan_to_num(nan=1.0).floor().clamp(min=1, max=iou.shape[1]).long()
         for t in (middle, middle - error, middle + error)
     )
     down = torch.where(k >= 2, middle - k, math.inf)

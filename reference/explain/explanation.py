@@ -216,7 +216,8 @@ def background_world(num_anchors: int, device: torch.device) -> World:
 def worlds_of(decision: Decision, world: Callable[[Tensor], World]) -> tuple[World, ...]:
     """Build a world for every way in which the ambiguous elements of a decision can fall.
 
-    More than four ambiguous elements are flipped one at a time, not in all combinations.
+    Of more than four ambiguous elements, those with the same margin hang on the same numbers, such as anchors in line with
+    an edge, and flip together; of more than four such groups, one at a time flips, not all combinations.
 
     Examples
     --------
@@ -225,15 +226,15 @@ def worlds_of(decision: Decision, world: Callable[[Tensor], World]) -> tuple[Wor
     1
     """
     open_ = decision.ambiguous.nonzero().tolist()
-    flips: list[tuple[list[int], ...]] = [()]
-    if len(open_) <= _MOST_OPEN:
-        flips += [c for n in range(1, len(open_) + 1) for c in itertools.combinations(open_, n)]
-    else:
-        flips += [(element,) for element in open_]
+    groups: dict[object, list[list[int]]] = {}
+    for number, element in enumerate(open_):
+        together = float(decision.margin[tuple(element)]) if len(open_) > _MOST_OPEN else number
+        groups.setdefault(together, []).append(element)
+    most = len(groups) if len(groups) <= _MOST_OPEN else 1
     worlds = []
-    for flip in flips:
+    for flip in (c for n in range(most + 1) for c in itertools.combinations(groups.values(), n)):
         settled = decision.value.clone()
-        for element in flip:
+        for element in itertools.chain(*flip):
             settled[tuple(element)] ^= True
         worlds.append(world(settled))
     return tuple(worlds)

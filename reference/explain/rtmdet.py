@@ -23,6 +23,7 @@ __all__ = [
     "explain_cost",
     "explain_dynamic_k_matching",
     "explain_loss",
+    "levels_given",
     "loss_given",
 ]
 
@@ -346,9 +347,20 @@ def loss_given(
     >>> bool(parts["total"].error < 1e-5)
     True
     """
-    weights = rtmdet_loss._Weights(beta, class_loss_weight, box_loss_weight, giou_eps)
-    levels = _levels(
-        gt_index, class_logits, distances, strides, gt_boxes, gt_labels, offset, pos_weight, weights, dtype
+    levels = levels_given(
+        gt_index,
+        class_logits,
+        distances,
+        strides,
+        gt_boxes,
+        gt_labels,
+        offset=offset,
+        pos_weight=pos_weight,
+        beta=beta,
+        class_loss_weight=class_loss_weight,
+        box_loss_weight=box_loss_weight,
+        giou_eps=giou_eps,
+        dtype=dtype,
     )
     factors: Any = rtmdet_loss._average_factors(levels)
     if average_factors is not None:
@@ -357,19 +369,43 @@ def loss_given(
     return parts  # type: ignore[no-any-return]
 
 
-def _levels(
+def levels_given(
     gt_index: Tensor,
     class_logits: Sequence[Tensor],
     distances: Sequence[Tensor],
     strides: Sequence[int | Sequence[int]],
     gt_boxes: Any,
     gt_labels: Tensor,
-    offset: float,
-    pos_weight: float,
-    weights: rtmdet_loss._Weights,
-    dtype: torch.dtype | None,
-) -> list[rtmdet_loss._Level]:
-    """Losses of each level before normalisation, plain or bounded."""
+    *,
+    offset: float = 0.0,
+    pos_weight: float = -1.0,
+    beta: float = 2.0,
+    class_loss_weight: float = 1.0,
+    box_loss_weight: float = 2.0,
+    giou_eps: float = 1e-6,
+    dtype: torch.dtype | None = torch.float32,
+    **_other: object,
+) -> list[Any]:
+    """Losses of each level before they are divided, for a given assignment.
+
+    Parameters
+    ----------
+    gt_index : Tensor (B, A) int
+        The assignment; the rest as for `loss_given`.
+
+    Returns
+    -------
+    list of tuple of Bounded
+        Per level: class loss, box loss, and what the level adds to the average factor of each.
+
+    Examples
+    --------
+    >>> logits, distances = [torch.zeros(1, 1, 2, 2)], [torch.full((1, 4, 2, 2), 8.0)]
+    >>> gt, label, matched = torch.tensor([[[1.0, 1, 15, 15]]]), torch.tensor([[0]]), torch.tensor([[-1, -1, -1, 0]])
+    >>> [level] = levels_given(matched, logits, distances, [8], gt, label)
+    >>> level.class_part.value.item()
+    0.765625
+    """
     points, _ = rtmdet_loss._points(class_logits, distances, strides, gt_index >= 0, None, None, offset, -1)
     logits: Any = rtmdet_loss._flatten(class_logits)
     num_classes, sizes = logits.shape[-1], [level[0, 0].numel() for level in class_logits]
@@ -381,7 +417,6 @@ def _levels(
         logits, gt_boxes = Bounded.exact(logits, dtype), Bounded.exact(gt_boxes, geometry)
         boxes = _boxes(points, distances, geometry)
         quality = _quality(boxes, gt_boxes, gt_index)
-    aims = rtmdet_loss._targets(
-        gt_index, quality, gt_boxes, gt_labels, num_classes=num_classes, pos_weight=pos_weight
-    )
+    aims = rtmdet_loss._targets(gt_index, quality, gt_boxes, gt_labels, num_classes=num_classes, pos_weight=pos_weight)
+    weights = rtmdet_loss._Weights(beta, class_loss_weight, box_loss_weight, giou_eps)
     return rtmdet_loss._level_losses(logits, boxes, aims, sizes, weights)

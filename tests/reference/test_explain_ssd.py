@@ -158,6 +158,15 @@ def test_overlap_at_the_threshold_is_no_background() -> None:
     assert explanation.wrong(torch.tensor([[0, 1, -1, -1]])).tolist() == [[False, False, False, True]]
 
 
+def test_twins_share_the_prior_at_the_threshold_either_way() -> None:
+    priors = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.125, 0.25, 0.25, 0.5]])
+    explanation = explain_match(priors, **ground_truths([[0.0, 0.0, 0.5, 0.5]] * 2))
+    right = {
+        pair for pair in itertools.product([0, 1, -1], repeat=2) if not explanation.wrong(torch.tensor([pair])).any()
+    }
+    assert right == {(1, 0), (1, 1)}
+
+
 def test_the_first_of_two_does_not_keep_a_shared_best_prior() -> None:
     gts = ground_truths([[0.0, 0.0, 0.5, 0.5]] * 2, [0, 1])
     explanation = explain_match(QUADRANTS, **gts)
@@ -232,6 +241,7 @@ def test_a_wrong_number_of_negatives_is_wrong() -> None:
         changed = right.clone()
         changed[image, prior] = -3 - right[image, prior]
         assert explanation.wrong(changed).nonzero().tolist() == [[image, prior]]
+    assert not explain_hard_negatives(given["conf"], matched, given["gt_labels"]).ambiguous.any()
     fewer = ssd.hard_negatives(given["conf"], matched, given["gt_labels"], neg_pos=2).gt_index
     assert explanation.wrong(fewer).any()
 
@@ -266,6 +276,14 @@ def test_rows_that_underflow_for_certain_rank_last() -> None:
     assert not explanation.ambiguous.any()
     by_own_maximum = mine(torch.logsumexp(conf, -1) - conf[..., 0], matched)
     assert explanation.wrong(by_own_maximum).any()
+
+
+def test_rows_that_may_underflow_rank_no_higher_than_they_would_without() -> None:
+    conf = torch.tensor([[[0.0, 0.0], [0.0, 5.0], [-97.0, -95.0], [0.0, 0.0]]])
+    matched, label = torch.tensor([[0, -1, -1, -1]]), torch.tensor([[0]])
+    one, two = (explain_hard_negatives(conf, matched, label, neg_pos=number) for number in (1, 2))
+    assert one.ambiguous.tolist() == [[False] * 4]
+    assert two.ambiguous.tolist() == [[False, False, True, True]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])

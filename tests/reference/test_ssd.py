@@ -159,6 +159,12 @@ def test_decode_inverts_encode() -> None:
     assert outside(rescaled, gt.double(), VALUE_FACTOR * back.error).any()
 
 
+def test_an_overflowing_size_leaves_no_right_bottom_corner() -> None:
+    left, top, right, bottom = ssd.decode(torch.tensor([[[0.0, 0.0, 500.0, 0.0]]]), QUADRANTS[:1])[0, 0].tolist()
+    assert (left, top, bottom) == (-math.inf, 0.0, 0.5)
+    assert math.isnan(right)  # the left corner plus the size
+
+
 def test_degenerate_boxes_encode_to_infinity_and_nan() -> None:
     prior = torch.tensor([[0.5, 0.5, 0.5, 0.5]]).expand(2, 4)
     line, swapped = ssd.encode(torch.tensor([[0.5, 0.25, 0.5, 0.75], [0.75, 0.25, 0.25, 0.75]]), prior)

@@ -1,0 +1,141 @@
+"""SSD in the suite: native input from a scene, arguments of its operations, and what explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detoracle.properties.predictors import predict
+from detoracle.properties.scenes import Scene
+from detoracle.properties.systems import Canvas, System
+from detoracle.reference import boxes, ssd, ssd_boxes
+from detoracle.reference.contract import operations_in
+from detoracle.reference.errors import UpstreamRaises
+from detoracle.reference.explain import ssd as explain
+
+__all__ = ["SMALL", "SYSTEM", "native"]
+
+SMALL: dict[str, Any] = {
+    "image_size": 64,
+    "feature_maps": (8, 4, 2, 1),
+    "steps": (8, 16, 32, 64),
+    "min_sizes": (10, 22, 36, 50),
+    "max_sizes": (22, 36, 50, 64),
+    "aspect_ratios": ((2,), (2, 3), (2,), (2,)),
+}
+"""Prior boxes of small scenes: 372 instead of 8732."""
+
+_LARGE = 300  # from this image side on, the priors of SSD300
+
+
+def native(scene: Scene) -> dict[str, Any]:
+    """Turn a scene into SSD predictions and ground truths in units of the image's sides.
+
+    Parameters
+    ----------
+    scene : Scene
+
+    Returns
+    -------
+    dict
+        loc, conf, priors, gt_boxes, gt_labels, gt_valid: the arguments of `ssd.loss`; and settings, those of `ssd.priors`.
+
+    Examples
+    --------
+    >>> from detoracle.properties.edge_cases import edge_cases
+    >>> tuple(native(edge_cases()[0])["priors"].shape)
+    (372, 4)
+    """
+    gt_boxes, gt_labels, gt_valid = scene.padded()
+    height, width = scene.image_size
+    pixels = gt_boxes.new_tensor([width, height, width, height])
+    settings = ssd.VOC_SSD300 if min(height, width) >= _LARGE else SMALL
+    priors = ssd.priors(**settings)
+    in_pixels = priors * pixels
+    predicted = predict(scene, in_pixels[:, :2].contiguous(), in_pixels[:, 2:].amin(1) / 2)
+    loc = torch.stack([ssd.encode(image / pixels, priors) for image in predicted.boxes])
+    background = torch.zeros_like(predicted.objectness_logits)[..., None]
+    return {
+        "loc": loc,
+        "conf": torch.cat([background, predicted.class_logits], dim=-1),
+        "priors": priors,
+        "gt_boxes": gt_boxes / pixels,
+        "gt_labels": gt_labels,
+        "gt_valid": gt_valid,
+        "settings": settings,
+    }
+
+
+def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    priors, conf, loc = given["priors"], given["conf"], given["loc"]
+    ground_truths = {name: given[name] for name in ("gt_boxes", "gt_labels", "gt_valid")}
+    if operation == "ssd.priors":
+        for clip in (True, False):
+            yield f"clip {clip}", {**given["settings"], "clip": clip, "like": loc.new_zeros(())}
+    elif operation == "ssd.log_sum_exp":
+        yield "", {"conf": conf}
+    elif operation == "ssd.decode":
+        yield "", {"loc": loc, "priors": priors}
+    elif operation in ("ssd.jaccard", "ssd.encode"):
+        yield from _box_arguments(operation, priors, ground_truths)
+    elif operation == "ssd.match":
+        for threshold in (0.5, 0.35):
+            yield f"threshold {threshold}", {"priors": priors, **ground_truths, "threshold": threshold}
+    elif operation == "ssd.loss":
+        for threshold, neg_pos in ((0.5, 3), (0.35, 1)):
+            yield (
+                f"threshold {threshold}, {neg_pos}:1",
+                {"loc": loc, "conf": conf, "priors": priors, **ground_truths, "threshold": threshold, "neg_pos": neg_pos},
+            )
+    else:
+        try:
+            matched = ssd.match(priors, **ground_truths).gt_index
+        except UpstreamRaises:
+            return  # nothing to mine: the match operation itself shows this behaviour
+        for neg_pos in (3, 1):
+            yield f"{neg_pos}:1", {"conf": conf, "gt_index": matched, "gt_labels": given["gt_labels"], "neg_pos": neg_pos}
+
+
+def _box_arguments(
+    operation: str, priors: Tensor, ground_truths: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for image, valid in enumerate(ground_truths["gt_valid"]):
+        targets = ground_truths["gt_boxes"][image, valid]
+        if not len(targets):
+            continue
+        if operation == "ssd.jaccard":
+            yield f"image {image}", {"boxes_a": targets, "boxes_b": boxes.cxcywh_to_xyxy(priors)}
+        else:
+            turn = torch.arange(len(priors), device=priors.device) % len(targets)
+            yield f"image {image}", {"gt_boxes": targets[turn], "priors": priors}
+
+
+def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:
+    if operation not in ("ssd.match", "ssd.loss"):
+        return None
+    priors = arguments["priors"]
+    sizes = priors[:, 2:].amin(1) / 2
+    return Canvas(
+        (1.0, 1.0), arguments["gt_boxes"], arguments["gt_labels"], arguments["gt_valid"], priors[:, :2], sizes
+    )
+
+
+SYSTEM = System(
+    name="ssd",
+    operations=(*operations_in(ssd_boxes), *(o for o in operations_in(ssd) if o not in operations_in(ssd_boxes))),
+    shared=frozenset({"priors", "settings"}),
+    native=native,
+    arguments=_arguments,
+    explain={
+        "ssd.priors": explain.explain_priors,
+        "ssd.match": explain.explain_match,
+        "ssd.log_sum_exp": explain.explain_log_sum_exp,
+        "ssd.hard_negatives": explain.explain_hard_negatives,
+        "ssd.loss": explain.explain_loss,
+    },
+    loss_given={"ssd.loss": explain.loss_given},
+    canvas=_canvas,
+)
