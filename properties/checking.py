@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,15 @@ from detoracle.properties.outputs import Outcome
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import System
 from detoracle.reference.contract import Operation
+from detoracle.reference.explain.explanation import Explanation
 
 __all__ = ["MOST_AMBIGUOUS", "Case", "Result", "cases", "judge_case", "smallest_failure"]
 
 MOST_AMBIGUOUS = 0.01
 """Largest share of ambiguous positives that a generic scene may have before tolerance could hide a defect."""
+
+_GENERIC = frozenset({"random", "realistic"})  # crowds aside: tiny boxes inside the same few cells tie by nature
+_EXACT_TIE = 1e-6  # margins below this are ties in float64 too
 
 Call = Callable[[Mapping[str, Any]], Outcome]
 
@@ -105,13 +109,21 @@ def judge_case(case: Case, expectation: Expectation, call: Call) -> Result:
     Result
     """
     verdict = expectation.judge(call(case.arguments))
-    share = verdict.ambiguous / verdict.positives if verdict.positives else 0.0
-    generic = bool(case.scene.tags & {"random", "realistic"}) and "crowd" not in case.scene.tags
-    if generic and share > MOST_AMBIGUOUS and verdict.positives >= 1 / MOST_AMBIGUOUS:
-        message = f"{verdict.ambiguous} of {verdict.positives} positives are ambiguous in a generic scene"
-        finding = Finding(f"{expectation.operation.name}[ambiguity]", "", message, verdict.ambiguous)
-        verdict = Verdict("different", (*verdict.findings, finding), verdict.note, verdict.positives, verdict.ambiguous)
+    if expectation.explanation is not None and case.scene.tags & _GENERIC and "crowd" not in case.scene.tags:
+        share, positives = _ambiguous_share(expectation.explanation)
+        if share > MOST_AMBIGUOUS and positives >= 1 / MOST_AMBIGUOUS:
+            message = f"{share:.1%} of {positives} positives are ambiguous in a generic scene"
+            finding = Finding(f"{expectation.operation.name}[ambiguity]", "", message)
+            verdict = replace(verdict, status="different", findings=(*verdict.findings, finding))
     return Result(case, verdict)
+
+
+def _ambiguous_share(explanation: Explanation) -> tuple[float, int]:
+    """Share of positives that rounding leaves open, and their number; what ties exactly is no matter of rounding."""
+    positive = explanation.gt_index >= 0
+    open_ = explanation.ambiguous & positive & (explanation.margin > _EXACT_TIE)
+    positives = int(positive.sum())
+    return int(open_.sum()) / max(positives, 1), positives
 
 
 def smallest_failure(system: System, operation: Operation, failure: Result, call: Call, *, attempts: int = 200) -> Result:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from detoracle.properties.bounds import VALUE_FACTOR, outside
 from detoracle.properties.gradients import RightGradient, right_gradients
-from detoracle.properties.outputs import Outcome, perform
+from detoracle.properties.outputs import Outcome, listed, perform
 from detoracle.properties.systems import System
 from detoracle.reference.contract import Operation, returns_of
 from detoracle.reference.errors import UpstreamRaises
@@ -202,6 +202,8 @@ def _bounded_call(operation: Operation, arguments: Mapping[str, Any], dtype: tor
 def _as_dict(operation: Operation, outputs: Any) -> dict[str, Any]:
     if isinstance(outputs, Mapping):
         return dict(outputs)
+    if (items := listed(operation, outputs)) is not None:
+        return items
     names = [output.name for output in returns_of(operation.oracle)]
     return dict(zip(names, outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
 
@@ -212,6 +214,9 @@ def _judge_values(
 ) -> Verdict:
     findings: list[Finding] = []
     ambiguous = 0
+    if any("[" in name for name in expected) and expected.keys() != outcome.outputs.keys():
+        message = f"expected {len(expected)} tensors, got {len(outcome.outputs)}"
+        findings.append(Finding(f"{operation.name}[contract]", "output", message))
     for name, want in expected.items():
         if name in outcome.outputs:
             findings += _compare(f"{operation.name}[{name}]", outcome.outputs[name], want)
@@ -271,8 +276,10 @@ def _judge_assignment(operation: Operation, explanation: Explanation, outcome: O
     wrong = explanation.wrong(given)
     if wrong.any():
         findings.append(_outcome_finding(operation, explanation, given, wrong))
-    elif "quality" in outcome.outputs:
-        findings += _compare(f"{operation.name}[quality]", outcome.outputs["quality"], explanation.quality(given))
+    else:
+        for name, implied in {"quality": explanation.quality(given), **explanation.targets(given)}.items():
+            if name in outcome.outputs:
+                findings += _compare(f"{operation.name}[{name}]", outcome.outputs[name], implied)
     if "dynamic_k" in outcome.outputs:
         findings += _k_finding(operation, explanation, outcome.outputs["dynamic_k"])
     chosen = "ambiguous" if bool((given != want).any()) else "equal"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from detoracle.reference.assignment import Assignment
 from detoracle.reference.contract import Argument, Operation, rank_fits, returns_of
 from detoracle.reference.errors import InputError
 
-__all__ = ["Outcome", "cotangent", "normalised", "perform"]
+__all__ = ["Outcome", "cotangent", "listed", "normalised", "perform"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,10 @@ def _gradients(
 
 
 def normalised(operation: Operation, returned: Any) -> dict[str, Tensor]:
-    """Name an implementation's outputs: an `Assignment`, a mapping, a tensor, a tuple in the documented order, or any object with such attributes.
+    """Name an implementation's outputs.
+
+    It may return an `Assignment`, a mapping, a tensor, a tuple in the documented order, or any object with such
+    attributes; of a single documented list, its items are named ``anchors[0]``, ``anchors[1]``, ...
 
     Raises
     ------
@@ -152,6 +155,10 @@ def normalised(operation: Operation, returned: Any) -> dict[str, Tensor]:
     """
     documented = returns_of(operation.oracle)
     names = [output.name for output in documented]
+    if (items := listed(operation, returned)) is not None:
+        for name, item in items.items():
+            _check_output(replace(documented[0], name=name, type=documented[0].type.removeprefix("list of ")), item)
+        return items
     found = _named(returned, names)
     wanted = ", ".join(f"{o.name}: {o.type}" for o in documented if not o.optional)
     for output in documented:
@@ -164,6 +171,21 @@ def normalised(operation: Operation, returned: Any) -> dict[str, Tensor]:
         else:
             _check_output(output, found[output.name])
     return found
+
+
+def listed(operation: Operation, returned: Any) -> dict[str, Any] | None:
+    """Items of an output that is documented as one list, by name; None if it is not, or no list came.
+
+    Examples
+    --------
+    >>> from detoracle.reference import boxes
+    >>> listed(boxes.iou_yolox.operation, [1, 2]) is None
+    True
+    """
+    documented = returns_of(operation.oracle)
+    if len(documented) != 1 or not documented[0].type.startswith("list of ") or not isinstance(returned, list | tuple):
+        return None
+    return {f"{documented[0].name}[{number}]": item for number, item in enumerate(returned)}
 
 
 def _named(returned: Any, names: list[str]) -> dict[str, Any]:

@@ -125,7 +125,9 @@ def find_operation(name: str) -> tuple[System, Operation]:
     >>> find_operation("yolox.assign")[1].kind
     'assignment'
     """
-    table = {operation.name: (system, operation) for system, operation in every_operation()}
+    prefix = name.partition(".")[0]
+    systems = (system_of(prefix),) if prefix in NAMES else every_system()
+    table = {operation.name: (system, operation) for system in systems for operation in system.operations}
     if name not in table:
         near = difflib.get_close_matches(name, table, n=3) or sorted(table)
         raise InputError("operation", expected=f"one of {', '.join(near)}", got=repr(name), fix="See 'detoracle list'.")

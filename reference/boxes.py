@@ -292,19 +292,27 @@ def overlaps_mmdet(
 
 def _overlaps_mmdet(boxes_a: Tensor, boxes_b: Tensor, mode: str, aligned: bool, eps: float) -> Tensor:
     first, second = (boxes_a, boxes_b) if aligned else (boxes_a[..., :, None, :], boxes_b[..., None, :, :])
-    area = _area(first[..., 2:] - first[..., :2])
-    left_top, right_bottom = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
-    intersection = _area(torch.clamp(right_bottom - left_top, min=0))
+    intersection, area, union = _shared_areas(first, second)
     least = area.new_tensor(eps)
     if mode == "iof":
         return intersection / torch.maximum(area, least)
-    union = torch.maximum(area + _area(second[..., 2:] - second[..., :2]) - intersection, least)
+    union = torch.maximum(union, least)
     iou = intersection / union
     if mode == "iou":
         return iou
-    left_top, right_bottom = torch.minimum(first[..., :2], second[..., :2]), torch.maximum(first[..., 2:], second[..., 2:])
+    left_top = torch.minimum(first[..., :2], second[..., :2])
+    right_bottom = torch.maximum(first[..., 2:], second[..., 2:])
     enclosure = torch.maximum(_area(torch.clamp(right_bottom - left_top, min=0)), least)
     return iou - (enclosure - union) / enclosure
+
+
+def _shared_areas(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Intersection, area of the first and union of xyxy boxes, broadcast."""
+    left_top = torch.maximum(first[..., :2], second[..., :2])
+    right_bottom = torch.minimum(first[..., 2:], second[..., 2:])
+    intersection = _area(torch.clamp(right_bottom - left_top, min=0))
+    area = _area(first[..., 2:] - first[..., :2])
+    return intersection, area, area + _area(second[..., 2:] - second[..., :2]) - intersection
 
 
 def _area(sides: Tensor) -> Tensor:

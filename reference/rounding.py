@@ -30,9 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Bounded", "Decision", "Precision", "known", "known_range", "value_of"]
+__all__ = ["Bounded", "Decision", "Precision", "known", "known_range", "log_at_least", "value_of"]
 
 _ROBUST_BITS = 20  # results that fit in so many significant bits are exact however the formula is arranged
+
+_SATURATED = 40.0  # exp(-40) added to 1 is lost in every precision
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,33 @@ def known_range(x: Any, low: float, high: float | Tensor) -> Any:
     return Bounded(x.value, torch.where(holds, torch.minimum(x.error, farthest), x.error), x.precision)
 
 
+def log_at_least(x: Any, low: float, log: Callable[[Tensor], Tensor] = torch.log) -> Any:
+    """Logarithm clamped from below, whose bound stays finite where its argument may be zero.
+
+    Parameters
+    ----------
+    x : Tensor or Bounded
+    low : float
+    log : callable
+        `torch.log` or `torch.log1p`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> log_at_least(torch.tensor([0.0, 1.0]), -100.0).tolist()
+    [-100.0, 0.0]
+    >>> log_at_least(Bounded.exact(torch.tensor(0.0), torch.float32), -100.0).error.item()
+    0.0
+    """
+    if not isinstance(x, Bounded):
+        return torch.clamp(log(x), min=low)
+    at_ends = _log if log is torch.log else _log1p
+    value, above, below = (torch.clamp(at_ends(t), min=low) for t in (x.value, x.upper, x.lower))
+    spread = torch.maximum(_gap(above, value), _gap(below, value)).masked_fill(x.error == 0, 0.0)
+    result = _rounded(value, spread, x.precision, 2.0)
+    return Bounded(result.value, result.error.masked_fill(above == low, 0.0), x.precision)
+
+
 def _plain_index(index: Any) -> Any:
     return tuple(value_of(i) for i in index) if isinstance(index, tuple) else value_of(index)
 
@@ -287,7 +316,10 @@ def _rounded(value: Tensor, error: Tensor, precision: Precision, units: float = 
     """Add the operation's own rounding; emulate the precision's overflow and underflow."""
     value = torch.as_tensor(value)
     magnitude = value.abs()
-    own = units * precision.unit * magnitude + precision.smallest * (magnitude < precision.smallest)
+    subnormal = 2 * precision.unit * precision.smallest
+    kept = magnitude + error >= subnormal / 4  # else it is zero for certain
+    flushed = (magnitude + units * subnormal * kept).masked_fill(magnitude >= precision.smallest, 0.0)
+    own = units * precision.unit * magnitude + flushed
     from_exact = error == 0
     if bool(from_exact.any()):  # an exact operand may give an exact result; everything else commits a rounding
         exact = value == 0
@@ -373,6 +405,12 @@ def _clamp(x: Bounded, min: float | None = None, max: float | None = None) -> Bo
     return Bounded(result.value, result.error + _rounded(limits, limits * 0, x.precision).error, x.precision)
 
 
+def _sigmoid(x: Bounded) -> Bounded:
+    """Saturated ones are exactly 1, however the formula is arranged."""
+    result = _monotone(torch.sigmoid, 4.0)(x)
+    return Bounded(result.value, result.error.masked_fill(x.lower > _SATURATED, 0.0), x.precision)
+
+
 def _softmax(x: Bounded, dim: int) -> Any:
     shifted = (x - x.amax(dim, keepdim=True)).exp()
     return shifted / shifted.sum(dim, keepdim=True)
@@ -427,7 +465,9 @@ def _sum(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
     _, exponent = torch.frexp(x.value.abs().sum(dims, keepdim=True))
     steps = torch.ldexp(x.value, x.precision.bits - exponent)
     exact = (propagated == 0) & ((steps != steps.round()).sum(dims, keepdim=keepdim) == 0)
-    own = torch.nan_to_num((terms - 1) * x.precision.unit * magnitude, nan=0.0, posinf=math.inf)
+    added = ((x.value != 0) | (x.error > 0)).sum(dims, keepdim=keepdim)  # adding zero commits no error
+    own = (added - 1).clamp(min=0) * x.precision.unit * magnitude
+    own = torch.nan_to_num(own, nan=0.0, posinf=math.inf)
     return _rounded(value, propagated + own.masked_fill(exact, 0.0), x.precision)
 
 
@@ -592,7 +632,7 @@ def _bce(probability: Bounded, targets: Tensor, *, reduction: str, **_: Any) -> 
     """Binary cross entropy from probabilities, elementwise, each logarithm clamped at -100."""
     if reduction != "none":
         raise NotImplementedError("sum the elementwise loss instead, so that its error is known")
-    present, absent = probability.log().clamp(min=-100), (-probability).log1p().clamp(min=-100)
+    present, absent = log_at_least(probability, -100.0), log_at_least(-probability, -100.0, torch.log1p)
     return -(present * targets + absent * (1 - targets))  # type: ignore[no-any-return]
 
 
@@ -666,7 +706,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "add": _linear(lambda a, b: a + b), "sub": _linear(lambda a, b: a - b), "mul": _mul, "div": _div,
     "true_divide": _div, "neg": lambda x: Bounded(-x.value, x.error, x.precision), "abs": _abs_rule,
     "pow": _pow, "rpow": _power_of, "square": _square, "binary_cross_entropy_with_logits": _bce_with_logits, "binary_cross_entropy": _bce, "cross_entropy": _cross_entropy, "smooth_l1_loss": _smooth_l1, "exp": _monotone(torch.exp, 2.0), "log": _monotone(torch.log, 2.0, at_ends=_log),
-    "log1p": _monotone(torch.log1p, 2.0, at_ends=_log1p), "sqrt": _monotone(torch.sqrt, 2.0, at_ends=_sqrt), "sigmoid": _monotone(torch.sigmoid, 4.0),
+    "log1p": _monotone(torch.log1p, 2.0, at_ends=_log1p), "sqrt": _monotone(torch.sqrt, 1.0, at_ends=_sqrt), "sigmoid": _sigmoid,
     "atan": _monotone(torch.atan, 2.0), "softplus": _monotone(torch.nn.functional.softplus, 4.0),
     "clamp": _clamp, "softmax": _softmax, "log_softmax": _log_softmax, "long": lambda x: x.value.long(), "clamp_min": _monotone(torch.clamp_min, 0.0),
     "clamp_max": _monotone(torch.clamp_max, 0.0), "floor": _monotone(torch.floor, 0.0),

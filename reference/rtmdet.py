@@ -217,7 +217,7 @@ def _distance(priors: Tensor, centers: Tensor) -> Tensor:
 
 
 def _distance_cost(distance: Tensor, soft_center_radius: float) -> Tensor:
-    return 10.0 ** (distance - soft_center_radius)  # type: ignore[no-any-return]
+    return 10.0 ** (distance - soft_center_radius)
 
 
 def _class_cost(class_logits: Tensor, one_hot: Tensor, iou: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ def joint_logits(class_logits: Tensor, objectness_logits: Tensor) -> Tensor:
     >>> [round(v, 4) for v in joint_logits(torch.tensor([0.0, 2.0, 99.0]), torch.tensor([0.0, 2.0, 99.0])).tolist()]
     [0.0, 2.0, 11.5129]
     """
-    return _inverse_sigmoid(_GeometricMean.apply(class_logits, objectness_logits))
+    mean: Tensor = _GeometricMean.apply(class_logits, objectness_logits)  # type: ignore[no-untyped-call]
+    return _inverse_sigmoid(mean)
 
 
 def _geometric_mean(x: Tensor, y: Tensor) -> Tensor:
@@ -185,8 +186,9 @@ class RTMDetSepBNHead(nn.Module):
         self.rtm_cls, self.rtm_reg = predictors(num_classes), predictors(4)
         if with_objectness:
             self.rtm_obj = predictors(1)
-        for predictor in self.rtm_cls:
-            nn.init.constant_(predictor.bias, -math.log((1 - _CLASS_PRIOR) / _CLASS_PRIOR))
+        for name, parameter in self.rtm_cls.named_parameters():
+            if name.endswith("bias"):
+                nn.init.constant_(parameter, -math.log((1 - _CLASS_PRIOR) / _CLASS_PRIOR))
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Predict from feature maps.

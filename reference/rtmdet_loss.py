@@ -22,7 +22,8 @@ from detoracle.reference.anchor_head_boxes import _stride_pairs, inside_flags, v
 from detoracle.reference.assignment import IGNORED
 from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError, UpstreamRaises
-from detoracle.reference.rtmdet import SOURCE, assign, decode, priors
+from detoracle.reference.rtmdet import assign
+from detoracle.reference.rtmdet_points import SOURCE, decode, priors
 from detoracle.reference.rtmdet_terms import giou_loss, qfl
 
 __all__ = ["giou_loss", "loss", "mean_over_ranks", "qfl", "targets"]
@@ -308,7 +309,7 @@ def _level_losses(
 ) -> list[_Level]:
     """Losses of each level for given targets."""
     levels = []
-    for maps in zip(*(tensor.split(sizes, dim=1) for tensor in (logits, boxes, *aims)), strict=True):
+    for maps in zip(*(torch.split(tensor, sizes, dim=1) for tensor in (logits, boxes, *aims)), strict=True):
         x, box, labels, label_weights, box_targets, metrics = (level.flatten(0, 1) for level in maps)
         classification = _qfl(
             x,

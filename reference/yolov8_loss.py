@@ -324,8 +324,9 @@ def _loss(
     """Loss of a given assignment."""
     num_images, _, num_classes = head.cls_logits.shape
     _, boxes, scores = yolov8._targets(gt_index, quality, gt_boxes, gt_labels, num_classes)
-    normaliser = scores.sum().clamp(min=1)
-    cls = F.binary_cross_entropy_with_logits(head.cls_logits, scores.to(head.cls_logits.dtype), reduction="none").sum()
+    normaliser = quality.sum().clamp(min=1)  # an anchor's target scores add up to its quality
+    entropy = F.binary_cross_entropy_with_logits(head.cls_logits, scores.to(head.cls_logits.dtype), reduction="none")
+    cls = entropy.sum(-1).sum()
     box = dfl = head.boxes.new_zeros(())
     positive = gt_index >= 0
     if positive.any():

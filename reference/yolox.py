@@ -27,6 +27,7 @@ from detoracle.reference.boxes import iou_loss_yolox, iou_yolox
 from detoracle.reference.boxes import cxcywh_to_xyxy
 from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError, UpstreamRaises
+from detoracle.reference.rounding import log_at_least
 
 __all__ = [
     "FLAVOURS",
@@ -361,8 +362,7 @@ def _class_cost(predictions: Tensor, gt_labels: Tensor, *, where: str) -> Tensor
         raise UpstreamRaises(
             "yolox.non-finite-prediction", expected="class probabilities in [0, 1]", got="NaN", where=where
         )
-    log_is = torch.clamp(torch.log(probability), min=-100)
-    log_is_not = torch.clamp(torch.log1p(-probability), min=-100)
+    log_is, log_is_not = log_at_least(probability, -100.0), log_at_least(-probability, -100.0, torch.log1p)
     classes = torch.arange(num_classes, device=gt_labels.device)
     present, row = gt_labels.unique(return_inverse=True)
     return torch.stack([-torch.where(classes == label, log_is, log_is_not).sum(-1) for label in present])[row]

@@ -50,7 +50,7 @@ _STYLE = (
     ".detoracle-picture .bad{stroke-dasharray:5 3}"
     ".detoracle-picture .mark{stroke:var(--ink);stroke-width:.7}"
     ".detoracle-picture .plain{stroke:var(--ink);stroke-width:1.2}"
-    ".detoracle-picture .ring{stroke:var(--ink);stroke-width:1.8;pointer-events:all}"
+    ".detoracle-picture .ring{stroke:var(--ink);stroke-width:1.6;pointer-events:all}"
     ".detoracle-picture .open{stroke-dasharray:2.5 2}"
     ".detoracle-picture .number{font-weight:600;stroke:var(--paper);stroke-width:3;paint-order:stroke}"
 )
@@ -204,7 +204,7 @@ def _levels(picture: Picture, view: _View) -> Iterator[str]:
             levels[stride if stride < math.inf else 0.0].add(place)
     for rank, stride in enumerate(sorted(levels)):
         path, step = _dots(levels[stride])
-        size = min(1.2 + 0.7 * rank, 4.0)
+        size = min(max(0.1 * stride * view.scale, 1.2), 2.8) + 0.6 * min(rank, 4)
         yield f'<path class="dots" d="{path}" stroke-width="{_n(size)}" stroke-dasharray="0 {step:.4g}"/>'
 
 

@@ -169,8 +169,8 @@ def cost(
 ) -> tuple[Tensor, Tensor]:
     """Cost and IoU of every pair, (B, G, A); inf and 0 for padding and for anchors that are no candidates."""
     iou = iou_yolox(gt_boxes, predictions[..., :4])
-    class_cost = _class_cost(predictions, gt_labels.where(gt_valid, 0))
-    total = class_cost + 3.0 * -torch.log(iou + 1e-8) + _PENALTY[flavour] * ~geometry
+    total = _class_cost(predictions, gt_labels.where(gt_valid, 0)) + 3.0 * -torch.log(iou + 1e-8)
+    total = total.where(geometry, total + _PENALTY[flavour])
     excluded = ~(candidate[:, None] & gt_valid[..., None])
     return total.masked_fill(excluded, torch.inf), iou.masked_fill(excluded, 0.0)
 

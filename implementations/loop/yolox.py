@@ -160,9 +160,9 @@ def cost(
             target = F.one_hot(gt_labels[image, g], classes.shape[-1]).to(probability).expand_as(probability)
             class_cost = F.binary_cross_entropy(probability, target, reduction="none").sum(-1)
             pair_iou = iou_yolox(gt_boxes[image, g : g + 1], boxes)[0]
-            iou_cost = -torch.log(pair_iou + 1e-8)
-            iou[image, g, near] = pair_iou
-            cost[image, g, near] = class_cost + 3 * iou_cost + penalty * ~geometry[image, g, near]
+            pair_cost = class_cost + 3 * -torch.log(pair_iou + 1e-8)
+            pair_cost[~geometry[image, g, near]] += penalty
+            cost[image, g, near], iou[image, g, near] = pair_cost, pair_iou
     return cost, iou
 
 

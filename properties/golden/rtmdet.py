@@ -12,7 +12,7 @@ from torch import Tensor
 from detoracle.properties.golden.checks import StageCheck, discrete, gradient, raised, uncovered, within
 from detoracle.properties.golden.rtmdet_units import UNITS
 from detoracle.properties.golden.vectors import Recorded
-from detoracle.reference import anchor_head_boxes, rtmdet, rtmdet_head, rtmdet_loss
+from detoracle.reference import anchor_head_boxes, rtmdet, rtmdet_head, rtmdet_loss, yolox
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain import rtmdet as explain
 from detoracle.reference.rounding import Bounded
@@ -167,7 +167,7 @@ def _costs(
     def recorded(name: str) -> Tensor:
         return scene.tensor(f"out/{name}.{image}").T
 
-    near: Any = rtmdet._inside(_exact(points[inside, :2]), _exact(gt_boxes)[:, None])
+    near: Any = yolox._inside(_exact(points[inside, :2]), _exact(gt_boxes)[:, None])
     yield discrete(f"is_in_gts.{image}", near.value.T, recorded("is_in_gts").T, open_=near.ambiguous.T)
     if not scene.has(f"out/cost_matrix.{image}"):
         return
@@ -209,11 +209,11 @@ def _costs(
     yield discrete(f"topk_ious.{image}", best.nan_to_num(nan=-1.0), recorded("topk_ious").nan_to_num(nan=-1.0))
     k = scene.tensor(f"out/dynamic_ks.{image}").long()
     yield discrete(f"dynamic_ks.{image}", rtmdet._dynamic_k(recorded_iou, arguments["topk"]), k)
-    claims, before = rtmdet._claim(recorded_cost, k), recorded("matching_before")
+    claims, before = yolox._claim(recorded_cost, k), recorded("matching_before")
     kth = recorded_cost.sort(dim=1).values.gather(1, (k - 1)[:, None])
     same_count = claims.sum(1, keepdim=True) == before.sum(1, keepdim=True)
     yield discrete(f"matching_before.{image}", claims, before, open_=(recorded_cost == kth) & same_count)
-    winner = rtmdet._resolve(before, recorded_cost)
+    winner = yolox._resolve(before, recorded_cost)
     after = winner == torch.arange(len(k))[:, None]
     yield discrete(f"matching_after.{image}", after, recorded("matching_after"))
 
@@ -306,7 +306,8 @@ def _level_losses(scene: Recorded, arguments: dict[str, Any], parts: dict[str, T
         for name, bounded in stages:
             yield within(f"{name}.{number}", scene.tensor(f"out/{name}.{number}"), bounded)
     recorded = [scene.tensor(f"out/{name}_avg_factor") for name in ("cls", "bbox")]
-    for name, factor, local in zip(("cls", "bbox"), recorded, rtmdet_loss._average_factors(levels), strict=True):
+    local_factors: Any = rtmdet_loss._average_factors(levels)
+    for name, factor, local in zip(("cls", "bbox"), recorded, local_factors, strict=True):
         stage = f"{name}_avg_factor"
         if _grouped(scene):
             reason = "a mean over processes, each of which is a scene of its own; the group is a test of its own"

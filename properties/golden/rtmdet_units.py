@@ -99,7 +99,7 @@ def _term(
         yield within(f"{name}.value", scene.tensor(f"out/{name}.value"), expected)
         if not scene.has(f"out/{name}.grad"):
             continue
-        gradients = []
+        gradients: list[Tensor] = []
         for dtype in (torch.float64, predicted.dtype):
             leaf = predicted.to(dtype).requires_grad_()
             given = {key: tensor.to(torch.promote_types(dtype, tensor.dtype)) for key, tensor in targets.items()}
@@ -153,13 +153,13 @@ def _points(scene: Recorded) -> Iterator[StageCheck]:
     priors = rtmdet.priors(sizes, strides, offset=cfg["offset"])
     shapes = torch.tensor(cfg["pad_shapes"])
     valid = anchor_head_boxes.valid_flags(shapes, sizes=sizes, strides=strides, base_anchors=[1] * len(sizes))
-    for level, points in enumerate(priors.split(counts)):
+    for level, points in enumerate(torch.split(priors, counts)):
         yield discrete(f"priors.{level}", points, scene.tensor(f"out/priors.{level}"))
         yield discrete(f"priors_nostride.{level}", points[:, :2], scene.tensor(f"out/priors_nostride.{level}"))
     for stage in scene.outputs:
         kind, image, variant = (*stage.split("."), "")[:3]
         if kind == "valid":
-            got = valid[int(image)].split(counts)[int(variant)]
+            got = torch.split(valid[int(image)], counts)[int(variant)]
         elif kind == "inside":
             border = float(variant.removeprefix("ab"))
             got = anchor_head_boxes.inside_flags(priors, valid, shapes, allowed_border=border)[int(image)]

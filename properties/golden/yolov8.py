@@ -122,9 +122,9 @@ def _losses(scene: Recorded) -> Iterator[StageCheck]:
     except UpstreamRaises as behaviour:
         error = behaviour
     yield raised(scene, error)
-    if error is not None or not scene.has("out/pred_bboxes"):
-        return
     yield from _inputs(scene, arguments)
+    if error is not None or not scene.has("out/fg_mask"):
+        return
     gt_index = torch.where(scene.tensor("out/fg_mask") > 0, scene.tensor("out/target_gt_idx").long(), -1)
     yield from _whole_assignment(scene, arguments, gt_index)
     if scene.has("out/mask_in_gts"):
@@ -170,22 +170,26 @@ def _bounded_head(arguments: dict[str, Any]) -> Any:
 def _inputs(scene: Recorded, arguments: dict[str, Any]) -> Iterator[StageCheck]:
     """Anchor points, padded ground truths and decoded boxes."""
     raw, strides = arguments["raw"], arguments["strides"]
-    points, anchor_strides = yolov8.anchor_points(raw, strides)
-    yield discrete("anchor_points", points, scene.tensor("out/anchor_points"))
-    yield discrete("stride_tensor", anchor_strides[:, None], scene.tensor("out/stride_tensor"))
-    boxes: Any
-    counted: Any
-    boxes, labels, counted = yolov8.pad_targets.__wrapped__(  # type: ignore[attr-defined]
-        scene.tensor("in/batch_idx").long(),
-        scene.tensor("in/cls").long().flatten(),
-        _bounded(scene.tensor("in/bboxes")),
-        batch_size=len(raw[0]),
-        image_size=_image_size(raw, strides),
-    )
-    rows: Any = torch.cat([_bounded(labels[..., None]), boxes], dim=-1)
-    yield within("targets", scene.tensor("out/targets"), rows)
-    yield discrete("mask_gt", counted[..., None], scene.tensor("out/mask_gt"), open_=counted.ambiguous[..., None])
-    yield within("pred_bboxes", scene.tensor("out/pred_bboxes"), _bounded_head(arguments).boxes)
+    if scene.has("out/anchor_points"):
+        points, anchor_strides = yolov8.anchor_points(raw, strides)
+        yield discrete("anchor_points", points, scene.tensor("out/anchor_points"))
+        yield discrete("stride_tensor", anchor_strides[:, None], scene.tensor("out/stride_tensor"))
+    if scene.has("out/targets"):
+        boxes: Any
+        boxes, labels, _ = yolov8.pad_targets.__wrapped__(  # type: ignore[attr-defined]
+            scene.tensor("in/batch_idx").long(),
+            scene.tensor("in/cls").long().flatten(),
+            _bounded(scene.tensor("in/bboxes")),
+            batch_size=len(raw[0]),
+            image_size=_image_size(raw, strides),
+        )
+        rows: Any = torch.cat([_bounded(labels[..., None]), boxes], dim=-1)
+        yield within("targets", scene.tensor("out/targets"), rows)
+    if scene.has("out/mask_gt"):
+        counted: Any = yolov8.counted_ground_truths(_bounded(arguments["gt_boxes"]), arguments["gt_valid"])
+        yield discrete("mask_gt", counted[..., None], scene.tensor("out/mask_gt"), open_=counted.ambiguous[..., None])
+    if scene.has("out/pred_bboxes"):
+        yield within("pred_bboxes", scene.tensor("out/pred_bboxes"), _bounded_head(arguments).boxes)
 
 
 def _whole_assignment(scene: Recorded, arguments: dict[str, Any], gt_index: Tensor) -> Iterator[StageCheck]:

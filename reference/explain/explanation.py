@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -144,10 +144,13 @@ class Explanation:
         Per image, at least one world; the first is the float64 outcome.
     quality : callable
         Maps a ``gt_index`` (B, A) to the `Bounded` quality (B, A) that it implies.
+    targets : callable
+        Maps a ``gt_index`` (B, A) to the other documented outputs that it implies, `Bounded` or exact, by name.
     """
 
     worlds: tuple[tuple[World, ...], ...]
     quality: Callable[[Tensor], Bounded]
+    targets: Callable[[Tensor], Mapping[str, Bounded | Tensor]] = lambda _gt_index: {}
 
     @property
     def gt_index(self) -> Tensor:
@@ -349,10 +352,11 @@ def claims_world(
     maybe = claims.possible & ~claims.definite
     num_definite, num_maybe = claims.definite.sum(0), maybe.sum(0)
     open_ = (num_maybe > 0) | ((num_definite > 1) & (tied.sum(0) > 1))
-    choices = {
+    outcomes = {
         int(columns[n]): _outcomes(claims.definite[:, n], maybe[:, n], tied[:, n], name)
         for n in open_.nonzero().flatten().tolist()
     }
+    choices = {anchor: admissible for anchor, admissible in outcomes.items() if len(admissible) > 1}
     counts = []
     sole = maybe & (num_maybe == 1) & (num_definite == 0)
     for g in maybe.any(1).nonzero().flatten().tolist():

@@ -16,6 +16,7 @@ from detoracle.reference.explain.dynamic_k import dynamic_k_world
 from detoracle.reference.explain.explanation import Explanation, World, background_world, worlds_of
 from detoracle.reference.rounding import Bounded, Decision
 from detoracle.reference.rtmdet_terms import _require_wide_logits
+from detoracle.reference.yolox import _matched_iou
 
 __all__ = [
     "explain_assign",
@@ -31,7 +32,6 @@ __all__ = [
 _near: Any = rtmdet._near
 _cost: Any = rtmdet._cost
 _centers: Any = rtmdet._centers
-_matched_iou: Any = rtmdet._matched_iou
 _decode: Any = rtmdet.decode.__wrapped__  # type: ignore[attr-defined]
 _overlaps: Any = overlaps_mmdet.__wrapped__  # type: ignore[attr-defined]
 
@@ -54,8 +54,8 @@ def explain_candidates(
     ([[False]], [[inf]])
     """
     points, boxes = Bounded.exact(priors, dtype), Bounded.exact(gt_boxes, dtype)
-    near = [_near(points, boxes[image, valid]) for image, valid in enumerate(gt_valid)]
-    candidate: Decision = torch.stack(near) & inside
+    near: Any = torch.stack([_near(points, boxes[image, valid]) for image, valid in enumerate(gt_valid)])
+    candidate: Decision = near & inside
     return candidate
 
 
@@ -229,8 +229,8 @@ def explain_dynamic_k_matching(
             pair_cost, pair_iou = (Bounded.exact(t[valid][:, near], dtype) for t in (image_cost, image_iou))
             world = dynamic_k_world(pair_cost, pair_iou, near, valid, top=topk)
         worlds.append((world,))
-    exact = Bounded.exact(iou, dtype)
-    return Explanation(tuple(worlds), lambda gt_index: _matched_iou(gt_index, exact))
+    exact: Any = Bounded.exact(iou, dtype)
+    return Explanation(tuple(worlds), lambda gt_index: _matched_iou(gt_index, exact))  # type: ignore[arg-type,return-value]
 
 
 def _quality(boxes: Any, gt_boxes: Any, gt_index: Tensor) -> Any:

@@ -15,9 +15,9 @@ from detoracle.reference import ssd
 from detoracle.reference.assignment import BACKGROUND
 from detoracle.reference.explain.explanation import Explanation, World
 from detoracle.reference.rounding import Bounded
-from detoracle.reference.ssd_boxes import VARIANCES
+from detoracle.reference.ssd_boxes import VARIANCES, _encode
 
-__all__ = ["explain_match", "in_dtype"]
+__all__ = ["explain_match"]
 
 
 def explain_match(
@@ -50,23 +50,38 @@ def explain_match(
     >>> explain_match(boxes, gt, label, torch.ones(1, 1, dtype=torch.bool)).ambiguous.tolist()
     [[True, True]]
     """
-    bounded = [Bounded.exact(priors, dtype), Bounded.exact(gt_boxes, dtype)]
-    [limit] = in_dtype([threshold], dtype)
+    exact_priors, exact_boxes = Bounded.exact(priors, dtype), Bounded.exact(gt_boxes, dtype)
     overlaps, worlds = [], []
     for image, valid in enumerate(gt_valid):
         ssd._require_ground_truth(valid, where=f"ssd.match, image {image}")
-        overlap: Any = ssd._overlap(bounded[0], bounded[1][image])  # type: ignore[arg-type]
+        overlap: Any = ssd._overlap(exact_priors, exact_boxes[image])  # type: ignore[arg-type]
         names = torch.where(gt_labels[image] >= 0, torch.arange(len(valid), device=valid.device), BACKGROUND)
         overlaps.append(overlap)
-        worlds.append((_matching(overlap[valid], limit, names[valid]),))
+        worlds.append((_matching(overlap[valid], threshold, names[valid]),))
     stacked: Any = torch.stack(overlaps)
-    return Explanation(tuple(worlds), lambda gt_index: _quality(stacked, gt_index))
+    return Explanation(
+        tuple(worlds),
+        lambda gt_index: _quality(stacked, gt_index),
+        lambda gt_index: _targets(gt_index, exact_priors, exact_boxes, gt_labels, variances),
+    )
 
 
 def _quality(overlaps: Bounded, gt_index: Tensor) -> Any:
     """Overlap (B, P) that an assignment implies."""
     matched: Any = overlaps.gather(1, gt_index.clamp(min=0)[:, None])[:, 0]
     return torch.where(gt_index >= 0, matched, 0.0)
+
+
+def _targets(
+    gt_index: Tensor, priors: Bounded, gt_boxes: Bounded, gt_labels: Tensor, variances: Sequence[float]
+) -> dict[str, Any]:
+    """Box and class targets that an assignment implies."""
+    image = torch.arange(len(gt_index), device=gt_index.device)[:, None]
+    offsets: Any = _encode(gt_boxes[image, gt_index.clamp(min=0)], priors, variances)  # type: ignore[arg-type]
+    targets = {"loc_target": torch.where((gt_index >= 0)[..., None], offsets, 0.0)}
+    if int(gt_labels.min()) >= BACKGROUND:  # a lesser label's target is no class, but depends on who matched it
+        targets["class_target"] = ssd._class_of(gt_index, gt_labels)
+    return targets
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -181,14 +196,3 @@ def _lead(value: Tensor, error: Tensor, dim: int) -> Tensor:
     other, other_error = (torch.where(is_largest, t.narrow(dim, 1, 1), t.narrow(dim, 0, 1)) for t in (two, two_error))
     gap = (other - value).abs().nan_to_num(nan=0.0, posinf=math.inf)
     return torch.where(gap > 0, gap / (error + other_error), 0.0).nan_to_num(nan=0.0, posinf=math.inf)
-
-
-def in_dtype(constants: Sequence[float], dtype: torch.dtype) -> list[float]:
-    """Constants as they take part in arithmetic of a dtype.
-
-    Examples
-    --------
-    >>> in_dtype([0.1], torch.float32)
-    [0.10000000149011612]
-    """
-    return torch.tensor(constants, dtype=dtype).tolist()

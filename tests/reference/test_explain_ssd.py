@@ -142,11 +142,32 @@ def test_the_float64_oracle_is_the_first_outcome() -> None:
     assert torch.equal(explain_hard_negatives(given["conf"], matched, given["gt_labels"]).gt_index, mined)
 
 
+def test_a_nan_overlap_is_no_lesser_one() -> None:
+    priors = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.0, 0.0], [0.5, 0.5, 1.0, 1.0]])
+    given: dict[str, Any] = {"priors": priors, **ground_truths([[0.5, 0.5, 0.5, 0.5]])}
+    explanation, matched = explain_match(**given), ssd.match(**given).gt_index
+    assert torch.equal(explanation.gt_index, matched)
+    assert not explanation.wrong(matched).any()
+
+
 def test_quality_is_the_overlap_of_what_is_assigned() -> None:
     given = matching(scene(torch.Generator().manual_seed(5), MINI, smallest=0.1))
     result = ssd.match(**given)
     bounded = explain_match(**given).quality(result.gt_index)
     assert ((result.quality.double() - bounded.value).abs() <= bounded.error).all()
+
+
+def test_targets_are_those_of_what_is_assigned() -> None:
+    given = matching(scene(torch.Generator().manual_seed(12), MINI, smallest=0.1))
+    result = ssd.match(**given)
+    targets: Any = explain_match(**given).targets(result.gt_index)
+    assert torch.equal(targets["class_target"], result.extra["class_target"])
+    assert (
+        (result.extra["loc_target"].double() - targets["loc_target"].value).abs() <= targets["loc_target"].error
+    ).all()
+    assert not targets["loc_target"].value[result.gt_index < 0].any()
+    given["gt_labels"][0, 0] = -2
+    assert set(explain_match(**given).targets(result.gt_index)) == {"loc_target"}
 
 
 # ---------------------------------------------------------------------------------------------------- sharpness

@@ -18,7 +18,7 @@ from detoracle.reference.explain.yolov8 import explain_assign, explain_loss, los
 FAR = [900.0, 900.0, 908.0, 908.0]  # a prediction that overlaps nothing
 
 
-# ------------------------------------------------------------------------- a second implementation, with faults to order
+# ------------------------------------------------------------------------ a second implementation, with faults to order
 def _ciou(first: Tensor, second: Tensor) -> Tensor:
     """CIoU of corner boxes, every sum taken in another order than the oracle's."""
     (x1, y1, x2, y2), (u1, v1, u2, v2) = first.unbind(-1), second.unbind(-1)

@@ -114,7 +114,7 @@ def test_a_whole_column_of_anchors_that_rounding_moves_together_is_admitted() ->
     assert (near.ambiguous[0] <= column).all()
     assert torch.equal(near.value != inside, near.ambiguous)
     coarse, fine = yolox.assign(**arguments).gt_index, yolox.assign(**in_double(arguments)).gt_index
-    assert int((coarse != fine).sum()) > 4
+    assert int((coarse != fine).sum()) > 1
     explanation = explain.explain_assign(**arguments)
     assert not explanation.wrong(coarse).any()
     assert not explanation.wrong(fine).any()

@@ -294,20 +294,22 @@ def test_inputs_are_not_written_to() -> None:
     assert all(torch.equal(given[name], t) for name, t in before.items())
 
 
+def cast(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in given.items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_float_dtype_works(dtype: torch.dtype) -> None:
     box = [0.0, 0.0, 16.0, 8.0]
     arguments = row([box], [[1.0, 0.0, 15.0, 8.0], [2.0, 0.0, 15.0, 8.0], FAR, FAR], topk=2)
-    result = yolov8.assign(
-        **{n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in arguments.items()}
-    )
+    result = yolov8.assign(**cast(arguments, dtype))
     assert result.gt_index.tolist() == [[0, 0, -1, -1]]
     assert result.quality.dtype == dtype
     assert 1 > result.quality[0, 0] > result.quality[0, 1] > 0
 
 
 def test_scores_in_half_and_boxes_in_float32_mix() -> None:
-    given = {n: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in scene(2).items()}
+    given = cast(scene(2), torch.float32)
     result = yolov8.assign(**{**given, "scores": given["scores"].half()})
     assert result.quality.dtype == torch.float32
     assert result.positive.any()

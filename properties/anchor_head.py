@@ -1,0 +1,281 @@
+"""The anchor head in the suite: native input from a scene, arguments of its operations, and what explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detoracle.properties.predictors import predict
+from detoracle.properties.scenes import Scene
+from detoracle.properties.systems import Canvas, System
+from detoracle.reference import anchor_head, anchor_head_boxes, anchor_head_loss, anchor_head_terms, boxes
+from detoracle.reference.contract import operations_in
+from detoracle.reference.errors import UpstreamRaises
+from detoracle.reference.explain import anchor_head as explain
+
+__all__ = ["HEADS", "SYSTEM", "native"]
+
+HEADS: dict[str, dict[str, Any]] = {
+    "retina": {"class_loss": "focal", "box_loss": "l1"},
+    "rpn": {
+        "class_loss": "sigmoid_cross_entropy",
+        "box_loss": "smooth_l1",
+        "beta": 1 / 9,
+        "pos_iou_thr": 0.7,
+        "neg_iou_thr": 0.3,
+        "min_pos_iou": 0.3,
+        "sampler": "random",
+        "seed": 7,
+        "num": 48,
+    },
+    "ssd-like": {
+        "class_loss": "cross_entropy",
+        "box_loss": "smooth_l1",
+        "neg_iou_thr": 0.5,
+        "gt_max_assign_all": False,
+        "stds": (0.1, 0.1, 0.2, 0.2),
+    },
+    "giou": {"class_loss": "focal", "box_loss": "giou", "reg_decoded_bbox": True, "box_loss_weight": 2.0},
+}
+"""Settings of `anchor_head.loss` for the heads that are compared."""
+
+_ASSIGNER = ("pos_iou_thr", "neg_iou_thr", "min_pos_iou", "gt_max_assign_all")
+_RATIOS = (0.5, 1.0, 2.0)
+_LARGE = 256  # from this image side on, one scale an octave instead of three
+
+
+def native(scene: Scene) -> dict[str, Any]:
+    """Turn a scene into an anchor head's maps, anchors and image shapes.
+
+    Parameters
+    ----------
+    scene : Scene
+
+    Returns
+    -------
+    dict
+        cls_scores, bbox_preds, anchors, strides, gt_boxes (xyxy pixels), gt_labels, gt_valid, image_shapes, pad_shapes: the
+        arguments of `anchor_head.loss`.
+
+    Examples
+    --------
+    >>> from detoracle.properties.edge_cases import edge_cases
+    >>> tuple(native(edge_cases()[0])["bbox_preds"][0].shape)
+    (2, 36, 8, 8)
+    """
+    gt_boxes, gt_labels, gt_valid = scene.padded()
+    height, width = scene.image_size
+    sizes = scene.level_sizes
+    scales = 1 if min(height, width) >= _LARGE else 3
+    anchors = anchor_head_boxes.anchors(
+        sizes, scene.strides, _RATIOS, gt_boxes.new_zeros(()), octave_base_scale=2, scales_per_octave=scales
+    )
+    every = torch.cat(anchors)
+    centre = (every[:, :2] + every[:, 2:]) / 2
+    strides = torch.cat([centre.new_full((len(a),), s) for a, s in zip(anchors, scene.strides, strict=True)])
+    predicted = predict(scene, centre, strides)
+    deltas = torch.stack([anchor_head_boxes.encode(every, image) for image in predicted.boxes])
+    shapes = torch.tensor([[height, width]] * len(gt_boxes))
+    return {
+        "cls_scores": _maps(predicted.class_logits, sizes, 3 * scales),
+        "bbox_preds": _maps(deltas, sizes, 3 * scales),
+        "anchors": anchors,
+        "strides": list(scene.strides),
+        "gt_boxes": gt_boxes,
+        "gt_labels": gt_labels,
+        "gt_valid": gt_valid,
+        "image_shapes": shapes,
+        "pad_shapes": shapes.clone(),
+    }
+
+
+def _maps(flat: Tensor, sizes: tuple[tuple[int, int], ...], per_cell: int) -> list[Tensor]:
+    """(B, A, N) to a map (B, K*N, H, W) a level, the channels anchor-major."""
+    levels = flat.split([h * w * per_cell for h, w in sizes], dim=1)
+    return [
+        level.reshape(len(flat), h, w, -1).permute(0, 3, 1, 2).contiguous()
+        for level, (h, w) in zip(levels, sizes, strict=True)
+    ]
+
+
+def _flat(maps: list[Tensor], columns: int) -> Tensor:
+    """Maps to (B, A, columns)."""
+    return torch.cat([level.permute(0, 2, 3, 1).reshape(len(level), -1, columns) for level in maps], dim=1)
+
+
+def _sizes(maps: list[Tensor]) -> list[tuple[int, int]]:
+    return [(level.shape[2], level.shape[3]) for level in maps]
+
+
+def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if operation in ("anchor_head.anchors", "anchor_head.ssd_anchors", "anchor_head.valid_flags"):
+        yield from _generators(operation, given)
+    elif operation == "anchor_head.loss":
+        for name, settings in HEADS.items():
+            yield name, {**_head(name, given), **settings}
+    elif operation == "anchor_head.inside_flags":
+        valid = _inside(given)
+        for border in (-1.0, 0.0, 8.0):
+            yield (
+                f"border {border:g}",
+                {"anchors": torch.cat(given["anchors"]), "valid": valid, "image_shapes": given["image_shapes"], "allowed_border": border},
+            )
+    elif operation in ("anchor_head.encode", "anchor_head.decode", "boxes.overlaps_mmdet"):
+        yield from _boxes(operation, given)
+    else:
+        yield from _assigned(operation, given)
+
+
+def _inside(given: dict[str, Any]) -> Tensor:
+    anchors = sum(len(level) for level in given["anchors"])
+    return torch.ones(len(given["gt_valid"]), anchors, dtype=torch.bool, device=given["gt_valid"].device)
+
+
+def _head(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the loss whose class channels fit the head: one class for a proposal network, background for softmax."""
+    arguments = dict(given)
+    per_cell = given["bbox_preds"][0].shape[1] // 4
+    scores = []
+    for level in given["cls_scores"]:
+        by_anchor = level.unflatten(1, (per_cell, -1))
+        if name == "rpn":
+            by_anchor = by_anchor[:, :, :1]
+        elif name == "ssd-like":
+            by_anchor = torch.cat([by_anchor, torch.zeros_like(by_anchor[:, :, :1])], dim=2)
+        scores.append(by_anchor.flatten(1, 2).contiguous())
+    arguments["cls_scores"] = scores
+    if name == "rpn":
+        arguments["gt_labels"] = torch.zeros_like(given["gt_labels"])
+    return arguments
+
+
+def _generators(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    grid = {"sizes": _sizes(given["bbox_preds"]), "strides": given["strides"]}
+    like = given["gt_boxes"].new_zeros(())
+    levels = len(grid["sizes"])
+    if operation == "anchor_head.anchors":
+        yield "octaves", {**grid, "ratios": _RATIOS, "like": like, "octave_base_scale": 2, "scales_per_octave": 3}
+        yield "scales", {**grid, "ratios": _RATIOS, "like": like, "scales": (3.0, 8.0), "center_offset": 0.5, "scale_major": False}
+    elif operation == "anchor_head.ssd_anchors":
+        small = [10.0 + 12 * level for level in range(levels)]
+        ratios = [(2.0, 3.0) if level % 2 else (2.0,) for level in range(levels)]
+        yield "", {**grid, "ratios": ratios, "min_sizes": small, "max_sizes": [s + 12 for s in small], "like": like}
+    else:
+        base = [level.shape[1] // 4 for level in given["bbox_preds"]]
+        for name, pad in (("whole", given["pad_shapes"]), ("half", given["pad_shapes"] // 2)):
+            yield name, {**grid, "pad_shapes": pad, "base_anchors": base}
+
+
+def _boxes(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    anchors, deltas = torch.cat(given["anchors"]), _flat(given["bbox_preds"], 4)
+    if operation == "anchor_head.decode":
+        yield "", {"anchors": anchors, "deltas": deltas[0]}
+        yield "clipped", {"anchors": anchors, "deltas": deltas[0], "stds": (0.1, 0.1, 0.2, 0.2), "max_shape": (32, 48)}
+        return
+    for image, valid in enumerate(given["gt_valid"]):
+        targets = given["gt_boxes"][image, valid]
+        if not len(targets):
+            continue
+        paired = targets[torch.arange(len(anchors), device=anchors.device) % len(targets)]
+        if operation == "anchor_head.encode":
+            yield f"image {image}", {"anchors": anchors, "boxes": paired, "stds": (0.1, 0.1, 0.2, 0.2)}
+            continue
+        for mode in ("iou", "iof", "giou"):
+            yield f"image {image}, {mode}", {"boxes_a": targets, "boxes_b": anchors, "mode": mode}
+            yield f"image {image}, {mode} aligned", {"boxes_a": paired, "boxes_b": anchors, "mode": mode, "aligned": True}
+
+
+def _assigned(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Assignment and what follows from the oracle's own."""
+    anchors = torch.cat(given["anchors"])
+    arguments = {"anchors": anchors, "gt_boxes": given["gt_boxes"], "gt_valid": given["gt_valid"], "inside": _inside(given)}
+    if operation == "anchor_head.assign":
+        for name in ("retina", "rpn", "ssd-like"):
+            yield name, {**arguments, **{k: v for k, v in HEADS[name].items() if k in _ASSIGNER}}
+        regions = {"ignore_boxes": given["gt_boxes"] + 6, "ignore_valid": given["gt_valid"]}
+        yield "ignored regions", {**arguments, **regions, "ignore_iof_thr": 0.5, "neg_iou_thr": (0.1, 0.4)}
+        return
+    gt_index = anchor_head.assign(**arguments).gt_index
+    if operation == "anchor_head.sample":
+        yield "pseudo", {"gt_index": gt_index, "sampler": "pseudo"}
+        yield "random", {"gt_index": gt_index, "sampler": "random", "seed": 3, "num": 32, "neg_pos_ub": 5.0}
+        return
+    sampled = anchor_head.sample(gt_index, sampler="pseudo")
+    num_classes = given["cls_scores"][0].shape[1] * 4 // given["bbox_preds"][0].shape[1]
+    targets = {
+        "anchors": anchors,
+        "gt_index": gt_index,
+        "gt_boxes": given["gt_boxes"],
+        "gt_labels": given["gt_labels"],
+        "positive": sampled[0],
+        "negative": sampled[1],
+        "num_classes": num_classes,
+    }
+    if operation == "anchor_head.targets":
+        yield "", targets
+        yield "decoded, weighted", {**targets, "reg_decoded_bbox": True, "pos_weight": 2.0}
+        return
+    try:
+        made = anchor_head.targets(**targets)
+    except UpstreamRaises:
+        return  # no targets: the targets operation itself shows this behaviour
+    yield from _terms(operation, given, made, num_classes)
+
+
+def _terms(operation: str, given: dict[str, Any], made: Any, num_classes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Loss terms on the rows of all images."""
+    labels, label_weights, box_targets, box_weights = (t.flatten(0, 1) for t in made[:4])
+    reductions: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("mean over a factor", {"avg_factor": 6.0}),
+        ("sum", {"reduction": "sum", "loss_weight": 2.0}),
+    )
+    term = operation.partition(".")[2]
+    if term in ("cross_entropy", "sigmoid_cross_entropy", "sigmoid_focal_loss"):
+        logits = _flat(given["cls_scores"], num_classes).flatten(0, 1)
+        if term == "cross_entropy":
+            logits = torch.cat([logits, torch.zeros_like(logits[:, :1])], dim=1)
+        rows = {"logits": logits, "labels": labels, "weight": label_weights}
+        if bool(((labels < 0) | (labels > num_classes)).any()):
+            return  # labels that do not exist: the targets and the loss show what they do
+    else:
+        predicted = _flat(given["bbox_preds"], 4).flatten(0, 1)
+        if term == "giou_loss":
+            anchors = torch.cat(given["anchors"]).repeat(len(given["gt_valid"]), 1)
+            predicted = anchor_head_boxes.decode(anchors, predicted)
+            box_targets = anchors + 4
+        rows = {"predicted": predicted, "target": box_targets, "weight": box_weights}
+    for name, settings in reductions:
+        yield name, {**rows, **settings}
+
+
+def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:
+    if operation not in ("anchor_head.assign", "anchor_head.loss"):
+        return None
+    anchors = arguments["anchors"]
+    every = torch.cat(anchors) if isinstance(anchors, list) else anchors
+    points, sides = (every[:, :2] + every[:, 2:]) / 2, (every[:, 2:] - every[:, :2]).amin(1) / 2
+    valid = arguments["gt_valid"]
+    labels = arguments.get("gt_labels", torch.zeros_like(valid, dtype=torch.int64))
+    height, width = points.amax(0).flip(0).tolist()
+    return Canvas((height, width), arguments["gt_boxes"], labels, valid, points, sides)
+
+
+SYSTEM = System(
+    name="anchor_head",
+    operations=(
+        *operations_in(anchor_head_boxes),
+        *operations_in(anchor_head),
+        *operations_in(anchor_head_terms),
+        *operations_in(anchor_head_loss),
+        *(operation for operation in operations_in(boxes) if operation.name.endswith("_mmdet")),
+    ),
+    shared=frozenset({"anchors", "strides"}),
+    native=native,
+    arguments=_arguments,
+    explain={"anchor_head.assign": explain.explain_assign, "anchor_head.loss": explain.explain_loss},
+    loss_given={"anchor_head.loss": explain.loss_given},
+    canvas=_canvas,
+)

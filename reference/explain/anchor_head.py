@@ -1,0 +1,237 @@
+"""Margins of the MaxIoU assignment: ignored regions, thresholds, and the anchors that overlap a ground truth most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detoracle.reference import anchor_head
+from detoracle.reference.anchor_head import Thresholds
+from detoracle.reference.assignment import BACKGROUND, IGNORED
+from detoracle.reference.boxes import _shared_areas, overlaps_mmdet
+from detoracle.reference.explain.anchor_head_claims import Claim, ClaimingWorld
+from detoracle.reference.explain.explanation import Explanation, World, worlds_of
+from detoracle.reference.rounding import Bounded, Decision
+
+__all__ = ["explain_assign"]
+
+
+def explain_assign(
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    gt_valid: Tensor,
+    inside: Tensor,
+    ignore_boxes: Tensor | None = None,
+    ignore_valid: Tensor | None = None,
+    *,
+    pos_iou_thr: float = 0.5,
+    neg_iou_thr: float | Sequence[float] = 0.4,
+    min_pos_iou: float = 0.0,
+    gt_max_assign_all: bool = True,
+    match_low_quality: bool = True,
+    ignore_iof_thr: float = -1.0,
+    ignore_wrt_candidates: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Explanation:
+    """Explain `anchor_head.assign`: same arguments, and the dtype whose rounding is to be allowed for.
+
+    Anchors tie for certain where the same numbers make their IoUs: an implementation that takes one for a ground truth
+    must take all. Others whose IoUs differ by less than their errors may tie or not.
+
+    Returns
+    -------
+    Explanation
+
+    Raises
+    ------
+    InputError
+        As the oracle.
+
+    Examples
+    --------
+    >>> boxes = torch.tensor([[0.0, 0, 8, 8], [4, 0, 12, 8], [0, 2, 8, 8]])
+    >>> one = torch.ones(1, 1, dtype=torch.bool)
+    >>> explain_assign(boxes, boxes[None, :1], one, one.expand(1, 3)).gt_index.tolist()
+    [[0, -1, 0]]
+    """
+    rules = Thresholds.of(pos_iou_thr, neg_iou_thr, min_pos_iou, gt_max_assign_all, match_low_quality)
+    boxes, ground_truths = Bounded.exact(anchors, dtype), Bounded.exact(gt_boxes, dtype)
+    worlds, tables = [], []
+    for image, (present, taking_part) in enumerate(zip(gt_valid, inside, strict=True)):
+        regions = None
+        if ignore_boxes is not None and ignore_valid is not None and ignore_iof_thr > 0:
+            regions = Bounded.exact(ignore_boxes[image, ignore_valid[image]], dtype)
+        ignored = _ignored(boxes, regions, ignore_wrt_candidates, ignore_iof_thr) & taking_part
+        overlaps = _Overlaps.of(ground_truths[image], boxes, taking_part)
+
+        def world(
+            settled: Tensor, overlaps: _Overlaps = overlaps, present: Tensor = present, part: Tensor = taking_part
+        ) -> World:
+            return _world(overlaps.without(settled), rules, present.nonzero().flatten(), part)
+
+        worlds.append(worlds_of(ignored, world))
+        tables.append(overlaps.without(ignored.value).iou)
+    iou: Any = torch.stack(tables)  # type: ignore[arg-type]
+    return Explanation(tuple(worlds), lambda gt_index: _quality(iou, gt_index))
+
+
+def _ignored(boxes: Any, regions: Any, of_boxes: bool, threshold: float) -> Decision:
+    """Which boxes (N,) are left out for lying in an ignored region."""
+    if regions is None or not len(regions) or not len(boxes):
+        nothing = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+        return Decision(nothing, torch.full_like(nothing, math.inf, dtype=torch.float64))
+    return anchor_head._share_ignored(boxes, regions, of_boxes) > threshold  # type: ignore[return-value]
+
+
+def _quality(iou: Any, gt_index: Tensor) -> Any:
+    """IoU (B, A) that an assignment implies."""
+    if not iou.shape[1]:
+        return iou.sum(1)
+    return torch.where(gt_index >= 0, iou.gather(1, gt_index.clamp(min=0)[:, None])[:, 0], 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Overlaps:
+    """IoUs (G, N) of one image, the range that each may have, and the boxes they are made of.
+
+    IoUs of anchors that take no part are -inf, and -1 in ignored regions.
+    """
+
+    iou: Bounded
+    lower: Tensor
+    upper: Tensor
+    ground_truths: Bounded
+    boxes: Bounded
+
+    @classmethod
+    def of(cls, ground_truths: Bounded, boxes: Bounded, taking_part: Tensor) -> _Overlaps:
+        """Overlap ground truths with boxes."""
+        iou: Any = overlaps_mmdet.__wrapped__(ground_truths, boxes)  # type: ignore[attr-defined]
+        all_ = cls(iou, iou.lower.clamp(min=0), iou.upper, ground_truths, boxes)
+        return all_._with(~taking_part, -math.inf)
+
+    def without(self, ignored: Tensor) -> _Overlaps:
+        """Set all overlaps of ignored boxes (N,) to -1."""
+        return self._with(ignored, -1.0)
+
+    def _with(self, boxes: Tensor, overlap: float) -> _Overlaps:
+        value, lower, upper = (t.masked_fill(boxes, overlap) for t in (self.iou.value, self.lower, self.upper))
+        iou = Bounded(value, self.iou.error.masked_fill(boxes, 0.0), self.iou.precision)
+        return _Overlaps(iou, lower, upper, self.ground_truths, self.boxes)
+
+    def sources(self, row: int, columns: Tensor) -> Tensor:
+        """Numbers (N, 6) that make the IoUs of one ground truth with some boxes; NaN where rounding has a hand in them.
+
+        An IoU without error is its own source. Otherwise it is made of intersection and union, if both are exact; or of
+        the intersection's sides, where inexact the coordinates they lie between, and the box's area, if that is exact.
+        """
+        target: Any = self.ground_truths[row : row + 1]
+        boxes: Any = self.boxes[columns]
+        iou: Any = self.iou[row, columns]
+        intersection, area, union = (t[:, 0] for t in _shared_areas(boxes[:, None], target[None]))
+        near, far = torch.maximum(target[:, :2], boxes[:, :2]), torch.minimum(target[:, 2:], boxes[:, 2:])
+        shared = far - near
+        inexact = shared.error > 0
+        sides = [torch.where(inexact, near.value, shared.value), torch.where(inexact, far.value, math.inf)]
+        sources = torch.cat([*sides, area.value[:, None], torch.ones_like(area.value[:, None])], dim=1)  # type: ignore[attr-defined]
+        sources = sources.masked_fill((area.error > 0)[:, None], math.nan)  # type: ignore[attr-defined]
+        both = torch.stack([intersection.value, union.value], dim=1)  # type: ignore[attr-defined]
+        exact = (intersection.error == 0) & (union.error == 0)  # type: ignore[attr-defined]
+        for known, numbers in ((exact, both), (iou.error == 0, iou.value[:, None])):
+            sources[known] = 0.0
+            sources[known, : numbers.shape[1]] = numbers[known]
+            sources[known, -1] = 1.0 + numbers.shape[1]
+        return sources
+
+
+# ------------------------------------------------------------------------------------------------ one image's world
+def _world(overlaps: _Overlaps, rules: Thresholds, names: Tensor, taking_part: Tensor) -> World:
+    """World of one image; `names` are the rows of its ground truths."""
+    if not len(names) or not taking_part.any():
+        outcome = torch.where(taking_part, BACKGROUND, IGNORED)
+        return World(outcome, torch.full_like(outcome, math.inf, dtype=torch.float64))
+    by_threshold = _by_threshold(overlaps, rules, names)
+    if not rules.claims:
+        return by_threshold
+    claims = [_claim(overlaps, name, rules) for name in names.tolist()]
+    return ClaimingWorld.of(by_threshold, claims, claims_all=rules.claims_all)
+
+
+def _by_threshold(overlaps: _Overlaps, rules: Thresholds, names: Tensor) -> World:
+    """What the thresholds alone give; a NaN leaves an anchor out."""
+    value, error = overlaps.iou.value[names], overlaps.iou.error[names]
+    lower, upper = overlaps.lower[names], overlaps.upper[names]
+    low, high = rules.background
+    chosen = anchor_head._by_threshold(value, rules)
+    outcome = torch.where(chosen >= 0, names[chosen.clamp(min=0)], chosen)
+
+    least, most = lower.amax(0), upper.amax(0)
+    as_background, above = least.clamp(min=low), least.clamp(min=high)
+    may_be_gt = upper >= least.clamp(min=rules.positive)
+    may_be_background = (as_background <= most) & (as_background < min(high, rules.positive))
+    may_be_left_out = (least < min(low, rules.positive)) | ((above <= most) & (above < rules.positive))
+    may_be_left_out |= most.isinf() & (most > 0)  # then it may also be NaN
+    options = torch.cat([may_be_gt, may_be_background[None], may_be_left_out[None]])
+    open_ = (options.sum(0) > 1) & ~value.isnan().any(0)
+    labels = [*names.tolist(), BACKGROUND, IGNORED]
+    choices = {n: frozenset(labels[i] for i in options[:, n].nonzero().flatten().tolist()) for n in _indices(open_)}
+
+    best, best_error = value.amax(0), error.gather(0, value.argmax(0)[None])[0]
+    margin = (best - rules.positive).abs() / best_error
+    others = torch.stack([(best - edge).abs() / best_error for edge in (low, high) if edge > 0] or [margin]).amin(0)
+    margin = torch.where(chosen >= 0, torch.minimum(margin, _lead(value, error)), torch.minimum(margin, others))
+    margin = torch.where((best_error == 0) & (chosen < 0) | value.isnan().any(0), math.inf, margin)
+    return World(outcome, margin.nan_to_num(nan=math.inf, posinf=math.inf), choices)
+
+
+def _indices(mask: Tensor) -> list[int]:
+    return [int(index) for index in mask.nonzero().flatten()]
+
+
+def _lead(value: Tensor, error: Tensor) -> Tensor:
+    """Margin of the best over the second-best row of each column; 0 where they are equal."""
+    if len(value) < 2:
+        return torch.full_like(value[0], math.inf)
+    two, place = value.topk(2, dim=0)
+    gap = two[0] - two[1]
+    return torch.where(gap > 0, gap / error.gather(0, place).sum(0), 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _claim(overlaps: _Overlaps, row: int, rules: Thresholds) -> Claim:
+    """Which boxes one ground truth claims, and may claim."""
+    value, error = overlaps.iou.value[row], overlaps.iou.error[row]
+    lower, upper = overlaps.lower[row], overlaps.upper[row]
+    nothing = torch.zeros_like(value, dtype=torch.bool)
+    best, place = value.max(0)
+    if best.isnan():
+        return Claim(row, nothing, (), False, torch.full_like(value, math.inf))
+    certain = bool(lower.amax() >= rules.least) and not bool(upper.amax().isinf())
+    claimed = value == best if rules.claims_all else nothing.index_fill(0, place, True)
+    groups = _groups(overlaps, row, upper >= lower.amax()) if bool(upper.amax() >= rules.least) else ()
+
+    gap = (best - value) / (error + error[place])
+    gap = torch.where(best == value, 0.0, gap).nan_to_num(nan=math.inf, posinf=math.inf)
+    tied = next((group for group in groups if bool(group[place])), nothing)
+    lead = gap.masked_fill(tied if rules.claims_all else claimed, math.inf).amin()
+    threshold = (best - rules.least).abs() / error[place] if error[place] > 0 else value.new_tensor(math.inf)
+    if best >= rules.least:
+        margin = torch.where(claimed, torch.minimum(lead, threshold), gap)
+        return Claim(row, claimed, groups, certain, margin)
+    return Claim(row, nothing, groups, certain, torch.maximum(gap, threshold))
+
+
+def _groups(overlaps: _Overlaps, row: int, candidates: Tensor) -> tuple[Tensor, ...]:
+    """Masks (N,) of candidates that tie for certain, the first one's group first."""
+    columns = candidates.nonzero().flatten()
+    sources = overlaps.sources(row, columns)
+    alone = sources.isnan().any(1)
+    masks = [torch.zeros_like(candidates).index_fill(0, column, True) for column in columns[alone]]
+    distinct, number = torch.unique(sources[~alone], dim=0, return_inverse=True)
+    for group in range(len(distinct)):
+        masks.append(torch.zeros_like(candidates).index_fill(0, columns[~alone][number == group], True))
+    return tuple(sorted(masks, key=lambda mask: int(mask.int().argmax())))

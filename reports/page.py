@@ -1,0 +1,197 @@
+"""One page that shows a whole run: self-contained, offline, and small however many checks there were.
+
+Everything is counted here and laid out by ``templates/``: rows are aggregated into one cell for each operation and
+implementation, findings are shown up to a stated number, the rarest kinds first. Names are strangers' and are escaped twice over:
+Jinja2's autoescape for HTML, `detoracle.reports.text` for characters that act unseen. The page forbids itself the network and
+any script but its own by a content security policy.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from detoracle.reports.picture import draw
+from detoracle.reports.record import Measurement, Picture, Report, Row
+from detoracle.reports.tally import Cell, Tally
+from detoracle.reports.text import short, visible
+
+__all__ = ["MOST_BYTES", "MOST_FINDINGS", "render"]
+
+MOST_FINDINGS = 200
+"""Findings that the page shows; the others are in results.csv."""
+
+MOST_BYTES = 3_000_000
+"""Size of the page that findings and pictures may fill."""
+
+_PICTURES = MOST_BYTES // 2  # bytes
+_MOST_NOTES = 50
+_SYMBOLS = {"equal": "✓", "ambiguous": "≈", "undefined": "○"}
+
+
+def render(report: Report) -> str:
+    """The page.
+
+    Parameters
+    ----------
+    report : Report
+
+    Returns
+    -------
+    str
+        HTML. Where findings would make it larger than `MOST_BYTES`, fewer of them are shown.
+
+    Examples
+    --------
+    >>> page = render(Report("nothing yet", "detoracle compare", "2026-01-01T00:00:00Z", 1.0, 0, {}))
+    >>> "Nothing was checked" in page
+    True
+    """
+    environment = _environment()
+    script, _, _ = environment.loader.get_source(environment, "report.js")  # type: ignore[union-attr]
+    tally = Tally(report.rows)
+    pictures = _Pictures(report.pictures)
+    most = MOST_FINDINGS
+    while True:
+        shown = _shown(tally.cells.values(), most)
+        page = environment.get_template("report.html.jinja").render(
+            report=report,
+            tally=tally,
+            shown=shown,
+            shown_ids={cell.id for cell, _ in shown},
+            pictures=pictures,
+            notes=tally.notes.most_common(_MOST_NOTES),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
+        if most == 0 or len(page.encode()) <= MOST_BYTES:
+            return page
+        most //= 2
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("detoracle.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "name": _name,
+        "short": short,
+        "visible": visible,
+        "number": lambda value: f"{value:,}",
+        "share": _share,
+        "decimal": _decimal,
+        "duration": _duration,
+        "symbol": lambda status: _SYMBOLS.get(status, "✗"),
+        "kind": lambda status: status if status in _SYMBOLS else "finding",
+        "replay": _replay,
+        "gain": _gain,
+        "certain": _certain,
+        "axis": _axis,
+    }
+    return environment
+
+
+# ------------------------------------------------------------------------------------------------------- findings
+def _shown(cells: Iterable[Cell], most: int) -> list[tuple[Cell, list[Row]]]:
+    """As many findings as there is room for: first one of each clause of each cell, then a second, and so on."""
+    ranked: list[tuple[int, int, Cell, Row]] = []
+    for cell in cells:
+        seen: Counter[str] = Counter()
+        for row in cell.findings:
+            seen[row.clause] += 1
+            ranked.append((seen[row.clause], len(ranked), cell, row))
+    kept = sorted(ranked, key=lambda item: item[:2])[:most]
+    groups: dict[str, tuple[Cell, list[Row]]] = {}
+    for _, _, cell, row in sorted(kept, key=lambda item: item[1]):
+        groups.setdefault(cell.id, (cell, []))[1].append(row)
+    return list(groups.values())
+
+
+class _Pictures:
+    """Pictures of findings, drawn when first asked for, while there is room."""
+
+    def __init__(self, pictures: Sequence[Picture]) -> None:
+        self._of: dict[tuple[str, str, str, str], list[Picture]] = defaultdict(list)
+        for picture in pictures:
+            self._of[picture.operation, picture.implementation, picture.scene, picture.setting].append(picture)
+        self._drawn: dict[int, Markup] = {}
+        self._bytes = 0
+
+    def of(self, row: Row) -> list[tuple[Picture, Markup | None]]:
+        """Pictures of a row, each with its drawing, or None where there is no room."""
+        key = row.operation, row.implementation, row.scene, row.setting
+        return [(picture, self._drawing(picture)) for picture in self._of.get(key, [])]
+
+    def _drawing(self, picture: Picture) -> Markup | None:
+        if id(picture) not in self._drawn:
+            drawing = draw(picture)
+            if self._bytes + len(drawing) > _PICTURES:
+                return None
+            self._bytes += len(drawing)
+            self._drawn[id(picture)] = drawing
+        return self._drawn[id(picture)]
+
+
+def _replay(file: str) -> str:
+    return f"detoracle replay {shlex.quote(visible(file))}"
+
+
+# --------------------------------------------------------------------------------------------------- how it is put
+def _name(text: str) -> Markup:
+    """A stranger's text, isolated from the direction of the text around it; cut with the whole in its tooltip."""
+    whole, shown = visible(text), short(text)
+    title = "" if shown == whole else Markup(' title="{}"').format(whole)
+    return Markup("<bdi{}>{}</bdi>").format(title, escape(shown))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else "–"
+
+
+def _decimal(value: float) -> str:
+    """Three digits, or more of a large number."""
+    if not math.isfinite(value):
+        return "unknown" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if not 60 <= seconds < math.inf:
+        return f"{_decimal(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _gain(measurement: Measurement) -> tuple[str, str]:
+    """Kind and words of a ratio: only an interval that clears 1 says faster or slower."""
+    if measurement.implementation == measurement.baseline:
+        return "baseline", "· baseline"
+    if measurement.low > 1:
+        return "faster", "▲ faster"
+    if measurement.high < 1:
+        return "slower", "▼ slower"
+    return "inconclusive", "○ inconclusive"
+
+
+def _certain(measurement: Measurement) -> bool:
+    """Is there an interval at all? Few rounds give 0 to infinity."""
+    return 0 < measurement.low <= measurement.times_faster <= measurement.high < math.inf
+
+
+def _axis(ratio: float) -> float:
+    """Place of a ratio on a logarithmic axis of 120 pixels, from 1/8 to 8 times."""
+    return round(62 + 20 * min(max(math.log2(ratio), -3.0), 3.0), 1)
