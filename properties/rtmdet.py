@@ -11,7 +11,7 @@ from torch import Tensor
 from detoracle.properties.predictors import SPECK, predict
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import Canvas, System
-from detoracle.reference import rtmdet, rtmdet_loss
+from detoracle.reference import rtmdet, rtmdet_head, rtmdet_loss
 from detoracle.reference.contract import operations_in
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain import rtmdet as explain
@@ -98,6 +98,8 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         yield "", {"class_logits": logits, "boxes": boxes, "priors": priors, "inside": inside, **ground_truths}
     elif operation in ("rtmdet.cost", "rtmdet.dynamic_k_matching"):
         yield from _pairs(operation, logits, boxes, priors, inside, ground_truths)
+    elif operation == "rtmdet.joint_logits":
+        yield "", {"class_logits": logits, "objectness_logits": logits[..., :1].contiguous()}
     elif operation == "rtmdet.encode":
         yield from _encoding(points, ground_truths)
     else:
@@ -173,7 +175,7 @@ def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:
 
 SYSTEM = System(
     name="rtmdet",
-    operations=(*operations_in(rtmdet), *operations_in(rtmdet_loss)),
+    operations=(*operations_in(rtmdet), *operations_in(rtmdet_loss), *operations_in(rtmdet_head)),
     shared=frozenset({"strides"}),
     native=native,
     arguments=_arguments,
@@ -183,6 +185,7 @@ SYSTEM = System(
         "rtmdet.dynamic_k_matching": explain.explain_dynamic_k_matching,
         "rtmdet.assign": explain.explain_assign,
         "rtmdet.loss": explain.explain_loss,
+        "rtmdet.joint_logits": explain.explain_joint_logits,
     },
     loss_given={"rtmdet.loss": explain.loss_given},
     canvas=_canvas,

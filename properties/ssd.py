@@ -88,7 +88,14 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         for threshold, neg_pos in ((0.5, 3), (0.35, 1)):
             yield (
                 f"threshold {threshold}, {neg_pos}:1",
-                {"loc": loc, "conf": conf, "priors": priors, **ground_truths, "threshold": threshold, "neg_pos": neg_pos},
+                {
+                    "loc": loc,
+                    "conf": conf,
+                    "priors": priors,
+                    **ground_truths,
+                    "threshold": threshold,
+                    "neg_pos": neg_pos,
+                },
             )
     else:
         try:
@@ -96,7 +103,10 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         except UpstreamRaises:
             return  # nothing to mine: the match operation itself shows this behaviour
         for neg_pos in (3, 1):
-            yield f"{neg_pos}:1", {"conf": conf, "gt_index": matched, "gt_labels": given["gt_labels"], "neg_pos": neg_pos}
+            yield (
+                f"{neg_pos}:1",
+                {"conf": conf, "gt_index": matched, "gt_labels": given["gt_labels"], "neg_pos": neg_pos},
+            )
 
 
 def _box_arguments(
@@ -131,6 +141,8 @@ SYSTEM = System(
     arguments=_arguments,
     explain={
         "ssd.priors": explain.explain_priors,
+        "ssd.encode": explain.explain_encode,
+        "ssd.decode": explain.explain_decode,
         "ssd.match": explain.explain_match,
         "ssd.log_sum_exp": explain.explain_log_sum_exp,
         "ssd.hard_negatives": explain.explain_hard_negatives,

@@ -24,6 +24,8 @@ from detoracle.reference.errors import DetoracleError
 
 __all__ = ["Worker"]
 
+_IMPORT_LIMIT = 120.0  # seconds for starting the process, and for importing a callable, neither of which is part of a call
+
 
 class Worker:
     """A process that calls callables.
@@ -44,6 +46,7 @@ class Worker:
 
     def __init__(self, *, time_limit: float) -> None:
         self._time_limit = time_limit
+        self._imported: set[str] = set()
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
 
@@ -69,7 +72,7 @@ class Worker:
         DetoracleError
             If it cannot be imported, or importing it takes too long or ends the process.
         """
-        answer = self._ask(("require", target))
+        answer = self._import(target)
         if isinstance(answer, DetoracleError):
             raise answer
         if isinstance(answer, Outcome):
@@ -90,24 +93,38 @@ class Worker:
         -------
         Outcome
         """
-        answer = self._ask(("perform", operation.name, target, dict(arguments)))
+        answer = self._import(target) or self._ask(
+            ("perform", operation.name, target, dict(arguments)), limit=self._time_limit
+        )
         if isinstance(answer, DetoracleError):
             return Outcome(problem="raised", message=str(answer))
         assert isinstance(answer, Outcome)
         return answer
 
-    def _ask(self, question: tuple[Any, ...]) -> object:
+    def _import(self, target: str) -> object:
+        """Import a callable in the process, unless it has; None if all went well."""
+        if target in self._imported:
+            return None
+        answer = self._ask(("require", target), limit=_IMPORT_LIMIT)
+        if answer is None:
+            self._imported.add(target)
+        return answer
+
+    def _ask(self, question: tuple[Any, ...], *, limit: float) -> object:
         if self._pipe is None:
             self._start()
         assert self._pipe is not None
         try:
             self._pipe.send_bytes(_packed(question))
-            if not self._pipe.poll(self._time_limit):
+            if not self._pipe.poll(limit):
                 self._stop()
-                return Outcome(problem="timeout", message=f"no answer within {self._time_limit:g} s")
+                return Outcome(problem="timeout", message=f"no answer within {limit:g} s")
             answer: object = _unpacked(self._pipe.recv_bytes())
         except (EOFError, OSError):
-            code = self._process.exitcode if self._process else None
+            code = None
+            if self._process is not None:
+                self._process.join(1)  # its pipe closes a moment before it has an exit code
+                code = self._process.exitcode
             self._stop()
             return Outcome(problem="raised", message=f"the process died (exit code {code})")
         return answer
@@ -126,6 +143,7 @@ class Worker:
             self._process.kill()
             self._process.join()
         self._pipe = self._process = None
+        self._imported.clear()
 
 
 def _serve(pipe: Connection, threads: int, path: list[str]) -> None:

@@ -37,7 +37,7 @@ def anchors(
     center_offset: float = 0.0,
     centers: Sequence[Sequence[float]] | None = None,
     scale_major: bool = True,
-) -> list[Tensor]:
+) -> Tensor:
     """Anchors of all levels: one box for each ratio and scale, around a point that moves by the stride.
 
     Parameters
@@ -67,7 +67,8 @@ def anchors(
 
     Returns
     -------
-    anchors : list of Tensor (Al, 4) float
+    anchors : Tensor (A, 4) float
+        Level by level, within a level by row, column and base anchor.
 
     Raises
     ------
@@ -76,8 +77,7 @@ def anchors(
 
     Examples
     --------
-    >>> [level] = anchors([(1, 2)], strides=[8], ratios=[1.0], scales=[2.0], like=torch.zeros(()))
-    >>> level.tolist()
+    >>> anchors([(1, 2)], strides=[8], ratios=[1.0], scales=[2.0], like=torch.zeros(())).tolist()
     [[-8.0, -8.0, 8.0, 8.0], [0.0, -8.0, 16.0, 8.0]]
     """
     where = "anchor_head.anchors"
@@ -106,7 +106,7 @@ def anchors(
         _base_anchors(base, ratios, scales or (), center, scale_major, like)
         for base, center in zip(base_sizes, centers, strict=True)
     ]
-    return [_shifted(cell, size, pair) for cell, size, pair in zip(cells, sizes, pairs, strict=True)]
+    return torch.cat([_shifted(cell, size, pair) for cell, size, pair in zip(cells, sizes, pairs, strict=True)])
 
 
 @operation("anchor_head.ssd_anchors", kind="values", source=_SOURCE)
@@ -119,7 +119,7 @@ def ssd_anchors(
     max_sizes: Sequence[float],
     like: Tensor,
     scale_major: bool = False,
-) -> list[Tensor]:
+) -> Tensor:
     """Anchors of all levels in the manner of SSD, centred in their cells.
 
     A cell has a square of the level's smallest size, a square of the geometric mean of smallest and largest, and then
@@ -145,13 +145,14 @@ def ssd_anchors(
 
     Returns
     -------
-    anchors : list of Tensor (Al, 4) float
+    anchors : Tensor (A, 4) float
+        Level by level, within a level by row, column and base anchor.
 
     Examples
     --------
     >>> given = {"strides": [8], "ratios": [[4]], "min_sizes": [4], "max_sizes": [16], "like": torch.zeros(())}
-    >>> [level] = ssd_anchors([(1, 1)], **given)
-    >>> (level[:, 2:] - level[:, :2]).tolist()
+    >>> boxes = ssd_anchors([(1, 1)], **given)
+    >>> (boxes[:, 2:] - boxes[:, :2]).tolist()
     [[4.0, 4.0], [8.0, 8.0], [8.0, 2.0], [2.0, 8.0]]
     """
     where = "anchor_head.ssd_anchors"
@@ -164,7 +165,7 @@ def ssd_anchors(
         cell = _base_anchors(smallest, shapes, scales, center, scale_major, like)
         taken = [0, len(shapes), *range(1, len(shapes))]
         levels.append(_shifted(cell[taken], size, pair))
-    return levels
+    return torch.cat(levels)
 
 
 def ssd_sizes(

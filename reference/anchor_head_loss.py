@@ -60,7 +60,7 @@ class Options:
 def loss(
     cls_scores: Sequence[Tensor],
     bbox_preds: Sequence[Tensor],
-    anchors: Sequence[Tensor],
+    anchors: Tensor,
     gt_boxes: Tensor,
     gt_labels: Tensor,
     gt_valid: Tensor,
@@ -110,8 +110,8 @@ def loss(
         K*C channels of logits; with softmax K*(C+1), background last.
     bbox_preds : list of Tensor (B, Dl, Hl, Wl) float
         K*4 channels of deltas.
-    anchors : list of Tensor (Al, 4) float
-        xyxy in pixels.
+    anchors : Tensor (A, 4) float
+        xyxy in pixels, in the order of the maps.
     gt_boxes : Tensor (B, G, 4) float
         xyxy in pixels, padded to the same G.
     gt_labels : Tensor (B, G) int
@@ -204,13 +204,13 @@ def loss(
     >>> boxes, one = torch.tensor([[0.0, 0, 8, 8]]), torch.ones(1, 1, dtype=torch.bool)
     >>> shape = torch.tensor([[8, 8]])
     >>> maps = [torch.zeros(1, 1, 1, 1)], [torch.zeros(1, 4, 1, 1)]
-    >>> parts = loss(*maps, [boxes], boxes[None], torch.zeros(1, 1, dtype=torch.int64), one, shape, shape, strides=[8])
+    >>> parts = loss(*maps, boxes, boxes[None], torch.zeros(1, 1, dtype=torch.int64), one, shape, shape, strides=[8])
     >>> round(float(parts["total"]), 4)
     0.0433
     """
     inside = _taking_part(cls_scores, bbox_preds, anchors, image_shapes, pad_shapes, strides, allowed_border)
     assignment = assign(
-        torch.cat(list(anchors)),
+        anchors,
         gt_boxes,
         gt_valid,
         inside,
@@ -252,7 +252,7 @@ def loss(
 def _taking_part(
     cls_scores: Sequence[Tensor],
     bbox_preds: Sequence[Tensor],
-    anchors: Sequence[Tensor],
+    anchors: Tensor,
     image_shapes: Tensor,
     pad_shapes: Tensor,
     strides: Sequence[int | Sequence[int]],
@@ -262,7 +262,7 @@ def _taking_part(
     base_anchors = _base_anchors(cls_scores, bbox_preds, anchors)
     sizes = [tuple(level.shape[2:]) for level in cls_scores]
     valid = valid_flags(pad_shapes, sizes=sizes, strides=strides, base_anchors=base_anchors)
-    inside = inside_flags(torch.cat(list(anchors)), valid, image_shapes, allowed_border=allowed_border)
+    inside = inside_flags(anchors, valid, image_shapes, allowed_border=allowed_border)
     for image, flags in enumerate(inside):
         if not flags.any():
             raise UpstreamRaises(
@@ -275,26 +275,29 @@ def _taking_part(
     return inside
 
 
-def _base_anchors(cls_scores: Sequence[Tensor], bbox_preds: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[int]:
+def _base_anchors(cls_scores: Sequence[Tensor], bbox_preds: Sequence[Tensor], anchors: Tensor) -> list[int]:
     """Anchors of a cell of each level, from maps that fit together."""
     counts = [level.shape[1] // 4 for level in bbox_preds]
-    levels = list(zip(cls_scores, bbox_preds, anchors, counts, strict=False))
-    fitting = len(cls_scores) == len(bbox_preds) == len(anchors) and all(
-        scores.shape[2:] == deltas.shape[2:]
-        and deltas.shape[1] == 4 * count
-        and len(boxes) == count * scores.shape[2] * scores.shape[3]
+    fitting = len(cls_scores) == len(bbox_preds) and all(
+        0 < deltas.shape[1] == 4 * count
+        and scores.shape[2:] == deltas.shape[2:]
         and scores.shape[1] == count * _columns(cls_scores[0], bbox_preds[0])
-        for scores, deltas, boxes, count in levels
+        for scores, deltas, count in zip(cls_scores, bbox_preds, counts, strict=True)
     )
-    if not fitting:
-        shapes = [[tuple(level.shape) for level in maps] for maps in (cls_scores, bbox_preds, anchors)]
+    if not fitting or sum(_num_anchors(bbox_preds)) != len(anchors):
+        shapes = [[tuple(level.shape) for level in maps] for maps in (cls_scores, bbox_preds)]
         raise InputError(
             "cls_scores, bbox_preds, anchors",
             expected="per level K*C and K*4 channels of one size H, W, and H*W*K anchors, the same C on all levels",
-            got=" and ".join(map(str, shapes)),
+            got=f"{shapes[0]}, {shapes[1]} and {len(anchors)} anchors",
             where="anchor_head.loss",
         )
     return counts
+
+
+def _num_anchors(bbox_preds: Sequence[Tensor]) -> list[int]:
+    """Anchors of each level."""
+    return [level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in bbox_preds]
 
 
 def _columns(cls_scores: Tensor, bbox_preds: Tensor) -> int:
@@ -311,31 +314,22 @@ def _loss(
     gt_index: Tensor,
     cls_scores: Sequence[Tensor],
     bbox_preds: Sequence[Tensor],
-    anchors: Sequence[Tensor],
+    anchors: Tensor,
     gt_boxes: Tensor,
     gt_labels: Tensor,
     options: Options,
 ) -> dict[str, Tensor]:
     """Loss of a given assignment."""
-    columns, boxes = _columns(cls_scores[0], bbox_preds[0]), torch.cat(list(anchors))
+    columns = _columns(cls_scores[0], bbox_preds[0])
     classes = columns - 1 if options.class_loss == "cross_entropy" else columns
-    sampling = options.sampler == "random" and options.class_loss != "focal"
-    positive, negative, _ = sample.__wrapped__(  # type: ignore[attr-defined]
-        gt_index,
-        sampler="random" if sampling else "pseudo",
-        seed=options.seed,
-        num=options.num,
-        pos_fraction=options.pos_fraction,
-        neg_pos_ub=options.neg_pos_ub,
-        add_gt_as_proposals=options.add_gt_as_proposals,
-    )
+    positive, negative = _sampled(gt_index, options)
     *each, num_positives, num_negatives = _targets(
-        boxes, gt_index, gt_boxes, gt_labels, positive, negative, classes, options
+        anchors, gt_index, gt_boxes, gt_labels, positive, negative, classes, options
     )
-    divisor = int(num_positives + num_negatives if sampling else num_positives)
-    parts = []
-    per_level = zip(*(target.split([len(level) for level in anchors], 1) for target in each), strict=True)
-    for scores, deltas, level, target in zip(cls_scores, bbox_preds, anchors, per_level, strict=True):
+    divisor = int(num_positives + num_negatives if _samples(options) else num_positives)
+    parts, lengths = [], _num_anchors(bbox_preds)
+    per_level = zip(*(target.split(lengths, 1) for target in each), strict=True)
+    for scores, deltas, level, target in zip(cls_scores, bbox_preds, anchors.split(lengths), per_level, strict=True):
         labels, label_weights, box_targets, box_weights = (t.flatten(0, 1) for t in target)
         predicted = _predicted(level, _rows(deltas, 4), options).flatten(0, 1)
         class_term = _class_loss(_rows(scores, columns).flatten(0, 1), labels, label_weights, divisor, options)
@@ -344,8 +338,27 @@ def _loss(
     return {"total": classification.sum() + box.sum(), "classification": classification, "box": box}
 
 
+def _samples(options: Options) -> bool:
+    """Is there a draw: not with the focal loss, whatever the sampler."""
+    return options.sampler == "random" and options.class_loss != "focal"
+
+
+def _sampled(gt_index: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Positives and background (B, A) that are trained."""
+    positive, negative, _ = sample.__wrapped__(  # type: ignore[attr-defined]
+        gt_index,
+        sampler="random" if _samples(options) else "pseudo",
+        seed=options.seed,
+        num=options.num,
+        pos_fraction=options.pos_fraction,
+        neg_pos_ub=options.neg_pos_ub,
+        add_gt_as_proposals=options.add_gt_as_proposals,
+    )
+    return positive, negative
+
+
 def _targets(
-    boxes: Tensor,
+    anchors: Tensor,
     gt_index: Tensor,
     gt_boxes: Tensor,
     gt_labels: Tensor,
@@ -355,7 +368,7 @@ def _targets(
     options: Options,
 ) -> tuple[Tensor, ...]:
     return targets.__wrapped__(  # type: ignore[attr-defined,no-any-return]
-        boxes,
+        anchors,
         gt_index,
         gt_boxes,
         gt_labels,

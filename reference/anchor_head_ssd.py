@@ -23,7 +23,7 @@ _SOURCE = "OpenMMLab mmdetection 2.28.2 (Apache-2.0)"
 def ssd_loss(
     cls_scores: Sequence[Tensor],
     bbox_preds: Sequence[Tensor],
-    anchors: Sequence[Tensor],
+    anchors: Tensor,
     gt_boxes: Tensor,
     gt_labels: Tensor,
     gt_valid: Tensor,
@@ -61,8 +61,8 @@ def ssd_loss(
         K*(C+1) channels of logits, background last.
     bbox_preds : list of Tensor (B, Dl, Hl, Wl) float
         K*4 channels of deltas.
-    anchors : list of Tensor (Al, 4) float
-        xyxy in pixels (`ssd_anchors`).
+    anchors : Tensor (A, 4) float
+        xyxy in pixels, in the order of the maps (`ssd_anchors`).
     gt_boxes : Tensor (B, G, 4) float
         xyxy in pixels, padded to the same G.
     gt_labels : Tensor (B, G) int
@@ -127,12 +127,12 @@ def ssd_loss(
     >>> boxes, one = torch.tensor([[0.0, 0, 8, 8]]), torch.ones(1, 1, dtype=torch.bool)
     >>> shape, label = torch.tensor([[8, 8]]), torch.zeros(1, 1, dtype=torch.int64)
     >>> maps = [torch.zeros(1, 2, 1, 1)], [torch.zeros(1, 4, 1, 1)]
-    >>> round(float(ssd_loss(*maps, [boxes], boxes[None], label, one, shape, shape, strides=[8])["total"]), 4)
+    >>> round(float(ssd_loss(*maps, boxes, boxes[None], label, one, shape, shape, strides=[8])["total"]), 4)
     0.6931
     """
     inside = _taking_part(cls_scores, bbox_preds, anchors, image_shapes, pad_shapes, strides, allowed_border)
     assignment = assign(
-        torch.cat(list(anchors)),
+        anchors,
         gt_boxes,
         gt_valid,
         inside,
@@ -176,21 +176,21 @@ class _SsdRows:
         gt_index: Tensor,
         cls_scores: Sequence[Tensor],
         bbox_preds: Sequence[Tensor],
-        anchors: Sequence[Tensor],
+        anchors: Tensor,
         gt_boxes: Tensor,
         gt_labels: Tensor,
         options: Options,
     ) -> _SsdRows:
         """Work out the losses of a given assignment."""
-        columns, boxes = _columns(cls_scores[0], bbox_preds[0]), torch.cat(list(anchors))
+        columns = _columns(cls_scores[0], bbox_preds[0])
         scores = torch.cat([_rows(level, columns) for level in cls_scores], dim=1)
         deltas = torch.cat([_rows(level, 4) for level in bbox_preds], dim=1)
         positive, negative = gt_index >= 0, gt_index == BACKGROUND
         labels, label_weights, box_targets, box_weights, num_positives, _ = _targets(
-            boxes, gt_index, gt_boxes, gt_labels, positive, negative, columns - 1, options
+            anchors, gt_index, gt_boxes, gt_labels, positive, negative, columns - 1, options
         )
         flat = cross_entropy.__wrapped__(scores.flatten(0, 1), labels.flatten(), reduction="none")  # type: ignore[attr-defined]
-        predicted = _predicted(boxes, deltas, options).flatten(0, 1)
+        predicted = _predicted(anchors, deltas, options).flatten(0, 1)
         box = smooth_l1_loss.__wrapped__(  # type: ignore[attr-defined]
             predicted, box_targets.flatten(0, 1), box_weights.flatten(0, 1), beta=options.beta, reduction="none"
         )

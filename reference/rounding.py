@@ -411,6 +411,12 @@ def _sigmoid(x: Bounded) -> Bounded:
     return Bounded(result.value, result.error.masked_fill(x.lower > _SATURATED, 0.0), x.precision)
 
 
+def _sqrt_rule(x: Bounded) -> Bounded:
+    """Not every PyTorch build rounds it correctly, but that of an exact 1 is 1."""
+    result = _monotone(torch.sqrt, 2.0, at_ends=_sqrt)(x)
+    return Bounded(result.value, result.error.masked_fill((x.value == 1) & (x.error == 0), 0.0), x.precision)
+
+
 def _softmax(x: Bounded, dim: int) -> Any:
     shifted = (x - x.amax(dim, keepdim=True)).exp()
     return shifted / shifted.sum(dim, keepdim=True)
@@ -706,7 +712,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "add": _linear(lambda a, b: a + b), "sub": _linear(lambda a, b: a - b), "mul": _mul, "div": _div,
     "true_divide": _div, "neg": lambda x: Bounded(-x.value, x.error, x.precision), "abs": _abs_rule,
     "pow": _pow, "rpow": _power_of, "square": _square, "binary_cross_entropy_with_logits": _bce_with_logits, "binary_cross_entropy": _bce, "cross_entropy": _cross_entropy, "smooth_l1_loss": _smooth_l1, "exp": _monotone(torch.exp, 2.0), "log": _monotone(torch.log, 2.0, at_ends=_log),
-    "log1p": _monotone(torch.log1p, 2.0, at_ends=_log1p), "sqrt": _monotone(torch.sqrt, 1.0, at_ends=_sqrt), "sigmoid": _sigmoid,
+    "log1p": _monotone(torch.log1p, 2.0, at_ends=_log1p), "sqrt": _sqrt_rule, "sigmoid": _sigmoid,
     "atan": _monotone(torch.atan, 2.0), "softplus": _monotone(torch.nn.functional.softplus, 4.0),
     "clamp": _clamp, "softmax": _softmax, "log_softmax": _log_softmax, "long": lambda x: x.value.long(), "clamp_min": _monotone(torch.clamp_min, 0.0),
     "clamp_max": _monotone(torch.clamp_max, 0.0), "floor": _monotone(torch.floor, 0.0),

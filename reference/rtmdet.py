@@ -147,8 +147,8 @@ def cost(
     >>> round(float(total), 6), iou.tolist()  # perfect but for the distance cost of 10 to the power -3
     (0.001, [[[1.0]]])
     """
-    shape = (*gt_valid.shape, priors.shape[0])
-    full_cost, full_iou = boxes.new_full(shape, torch.inf), boxes.new_zeros(shape)
+    shape, dtype = (*gt_valid.shape, priors.shape[0]), torch.promote_types(boxes.dtype, gt_boxes.dtype)
+    full_cost, full_iou = (boxes.new_full(shape, fill, dtype=dtype) for fill in (torch.inf, 0.0))
     for image, valid in enumerate(gt_valid):
         near = candidate[image]
         if not valid.any() or not near.any():

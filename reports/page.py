@@ -1,9 +1,9 @@
 """One page that shows a whole run: self-contained, offline, and small however many checks there were.
 
-Everything is counted here and laid out by ``templates/``: rows are aggregated into one cell for each operation and
-implementation, findings are shown up to a stated number, the rarest kinds first. Names are strangers' and are escaped twice over:
-Jinja2's autoescape for HTML, `detoracle.reports.text` for characters that act unseen. The page forbids itself the network and
-any script but its own by a content security policy.
+Rows are counted into one cell for each operation and implementation; findings are shown up to a stated number, some of
+every kind; ``templates/`` lays it out. Names are strangers' and are made harmless twice over: by Jinja2's autoescape
+for HTML, by `detoracle.reports.text` for characters that act unseen. And by its content security policy the page
+forbids itself the network and any script but its own.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class _Pictures:
         self._of: dict[tuple[str, str, str, str], list[Picture]] = defaultdict(list)
         for picture in pictures:
             self._of[picture.operation, picture.implementation, picture.scene, picture.setting].append(picture)
-        self._drawn: dict[int, Markup] = {}
+        self._drawn: dict[int, Markup | None] = {}
         self._bytes = 0
 
     def of(self, row: Row) -> list[tuple[Picture, Markup | None]]:
@@ -137,10 +137,9 @@ class _Pictures:
     def _drawing(self, picture: Picture) -> Markup | None:
         if id(picture) not in self._drawn:
             drawing = draw(picture)
-            if self._bytes + len(drawing) > _PICTURES:
-                return None
-            self._bytes += len(drawing)
-            self._drawn[id(picture)] = drawing
+            fits = self._bytes + len(drawing) <= _PICTURES
+            self._bytes += len(drawing) if fits else 0
+            self._drawn[id(picture)] = drawing if fits else None
         return self._drawn[id(picture)]
 
 

@@ -1,8 +1,8 @@
 """What a run found, in memory: every report is made from one `Report`, and the schema below is its contract.
 
-Schema 1. ``results.json`` holds a `Report` as nested objects; ``results.csv`` its rows, one line each, with the fields of
-`Row` as columns; ``measurements.csv`` its measurements. Fields are only added, and unknown ones ignored; a change of meaning
-raises `SCHEMA`. Numbers that JSON does not have are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``.
+Schema 1. ``results.json`` holds a `Report` as nested objects; ``results.csv`` its rows, one line each, with the fields
+of `Row` as columns; ``measurements.csv`` its measurements. Fields are only added, and unknown ones ignored; a change of
+meaning raises `SCHEMA`. Numbers that JSON lacks are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``.
 """
 
 from __future__ import annotations

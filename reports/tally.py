@@ -78,7 +78,9 @@ class Tally:
 
     Examples
     --------
-    >>> tally = Tally([Row("yolox.assign", "mine", "one box", "", "equal"), Row("yolox.loss", "mine", "one box", "", "raised")])
+    >>> tally = Tally(
+    ...     [Row("yolox.assign", "mine", "one box", "", "equal"), Row("yolox.loss", "mine", "one box", "", "raised")]
+    ... )
     >>> tally.systems["yolox"], tally.implementations, tally.cells["yolox.loss", "mine"].worst
     (['yolox.assign', 'yolox.loss'], ['mine'], 'raised')
     >>> tally.sentence
@@ -113,7 +115,8 @@ class Tally:
 
     def statuses_of(self, operation: str) -> list[str]:
         """Statuses that occur among an operation's checks, from good to bad."""
-        return sorted({s for (name, _), cell in self.cells.items() if name == operation for s in cell.counts}, key=_badness)
+        cells = (self.cells.get((operation, implementation)) for implementation in self.implementations)
+        return sorted({status for cell in cells if cell for status in cell.counts}, key=_badness)
 
     @cached_property
     def findings(self) -> int:
@@ -151,11 +154,12 @@ class Tally:
     @cached_property
     def ambiguity(self) -> list[tuple[str, int, int]]:
         """Per operation that assigns: its name, positives, and ambiguous anchors."""
-        totals: dict[str, list[int]] = {operation: [0, 0] for operation in self.operations}
-        for (operation, _), cell in self.cells.items():
-            totals[operation][0] += cell.positives
-            totals[operation][1] += cell.ambiguous
-        return [(operation, *total) for operation, total in totals.items() if any(total)]
+        positives, ambiguous = Counter[str](), Counter[str]()
+        for cell in self.cells.values():
+            positives[cell.operation] += cell.positives
+            ambiguous[cell.operation] += cell.ambiguous
+        assigning = [name for name in self.operations if positives[name] or ambiguous[name]]
+        return [(name, positives[name], ambiguous[name]) for name in assigning]
 
 
 def _badness(status: str) -> int:

@@ -357,7 +357,8 @@ def _network(scene: Recorded) -> Iterator[StageCheck]:
             continue
         recorded = scene.tensor(f"out/{stage}")
         if fine.is_floating_point():
-            yield gradient(stage, recorded, fine, plain[stage], row=1 if fine.ndim > 1 else -1)
+            given = (tensor.reshape(fine.shape or 1) for tensor in (recorded, fine, plain[stage]))
+            yield gradient(stage, *given, row=1 if fine.ndim > 1 else -1)
         else:
             yield discrete(stage, fine, recorded)
     if with_loss:

@@ -67,7 +67,7 @@ def explain_assign(
         if ignore_boxes is not None and ignore_valid is not None and ignore_iof_thr > 0:
             regions = Bounded.exact(ignore_boxes[image, ignore_valid[image]], dtype)
         ignored = _ignored(boxes, regions, ignore_wrt_candidates, ignore_iof_thr) & taking_part
-        overlaps = _Overlaps.of(ground_truths[image], boxes, taking_part)
+        overlaps = _Overlaps.of(ground_truths[image, present], boxes, taking_part)
 
         def world(
             settled: Tensor, overlaps: _Overlaps = overlaps, present: Tensor = present, part: Tensor = taking_part
@@ -75,7 +75,7 @@ def explain_assign(
             return _world(overlaps.without(settled), rules, present.nonzero().flatten(), part)
 
         worlds.append(worlds_of(ignored, world))
-        tables.append(overlaps.without(ignored.value).iou)
+        tables.append(_padded(overlaps.without(ignored.value).iou, present))
     iou: Any = torch.stack(tables)  # type: ignore[arg-type]
     return Explanation(tuple(worlds), lambda gt_index: _quality(iou, gt_index))
 
@@ -86,6 +86,13 @@ def _ignored(boxes: Any, regions: Any, of_boxes: bool, threshold: float) -> Deci
         nothing = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
         return Decision(nothing, torch.full_like(nothing, math.inf, dtype=torch.float64))
     return anchor_head._share_ignored(boxes, regions, of_boxes) > threshold  # type: ignore[return-value]
+
+
+def _padded(iou: Bounded, present: Tensor) -> Bounded:
+    """Overlaps (G, A) with a row for every padded ground truth."""
+    value, error = (iou.value.new_zeros(len(present), iou.shape[1]) for _ in range(2))
+    value[present], error[present] = iou.value, iou.error
+    return Bounded(value, error, iou.precision)
 
 
 def _quality(iou: Any, gt_index: Tensor) -> Any:
@@ -125,21 +132,24 @@ class _Overlaps:
         return _Overlaps(iou, lower, upper, self.ground_truths, self.boxes)
 
     def sources(self, row: int, columns: Tensor) -> Tensor:
-        """Numbers (N, 6) that make the IoUs of one ground truth with some boxes; NaN where rounding has a hand in them.
+        """Numbers (N, 7) that make the IoUs of one ground truth with some boxes; NaN where rounding has a hand in them.
 
         An IoU without error is its own source. Otherwise it is made of intersection and union, if both are exact; or of
-        the intersection's sides, where inexact the coordinates they lie between, and the box's area, if that is exact.
+        the intersection's sides, where inexact the coordinates they lie between, and the box's area or exact sides.
         """
         target: Any = self.ground_truths[row : row + 1]
         boxes: Any = self.boxes[columns]
         iou: Any = self.iou[row, columns]
         intersection, area, union = (t[:, 0] for t in _shared_areas(boxes[:, None], target[None]))
         near, far = torch.maximum(target[:, :2], boxes[:, :2]), torch.minimum(target[:, 2:], boxes[:, 2:])
-        shared = far - near
-        inexact = shared.error > 0
-        sides = [torch.where(inexact, near.value, shared.value), torch.where(inexact, far.value, math.inf)]
-        sources = torch.cat([*sides, area.value[:, None], torch.ones_like(area.value[:, None])], dim=1)  # type: ignore[attr-defined]
-        sources = sources.masked_fill((area.error > 0)[:, None], math.nan)  # type: ignore[attr-defined]
+        shared, own = far - near, boxes[:, 2:] - boxes[:, :2]
+        one = torch.ones_like(area.value)[:, None]  # type: ignore[attr-defined]
+        between = (
+            torch.where(shared.error > 0, near.value, shared.value),
+            torch.where(shared.error > 0, far.value, math.inf),
+        )
+        sources = torch.cat([*between, own.value.masked_fill(own.error > 0, math.nan), one], dim=1)
+        sources[area.error == 0, 4:6] = torch.cat([area.value[:, None], one * 0], dim=1)[area.error == 0]  # type: ignore[attr-defined]
         both = torch.stack([intersection.value, union.value], dim=1)  # type: ignore[attr-defined]
         exact = (intersection.error == 0) & (union.error == 0)  # type: ignore[attr-defined]
         for known, numbers in ((exact, both), (iou.error == 0, iou.value[:, None])):
@@ -151,21 +161,20 @@ class _Overlaps:
 
 # ------------------------------------------------------------------------------------------------ one image's world
 def _world(overlaps: _Overlaps, rules: Thresholds, names: Tensor, taking_part: Tensor) -> World:
-    """World of one image; `names` are the rows of its ground truths."""
+    """World of one image; `names` are the indices of its ground truths among the padded ones."""
     if not len(names) or not taking_part.any():
         outcome = torch.where(taking_part, BACKGROUND, IGNORED)
         return World(outcome, torch.full_like(outcome, math.inf, dtype=torch.float64))
     by_threshold = _by_threshold(overlaps, rules, names)
     if not rules.claims:
         return by_threshold
-    claims = [_claim(overlaps, name, rules) for name in names.tolist()]
+    claims = [_claim(overlaps, row, name, rules) for row, name in enumerate(names.tolist())]
     return ClaimingWorld.of(by_threshold, claims, claims_all=rules.claims_all)
 
 
 def _by_threshold(overlaps: _Overlaps, rules: Thresholds, names: Tensor) -> World:
     """What the thresholds alone give; a NaN leaves an anchor out."""
-    value, error = overlaps.iou.value[names], overlaps.iou.error[names]
-    lower, upper = overlaps.lower[names], overlaps.upper[names]
+    value, error, lower, upper = overlaps.iou.value, overlaps.iou.error, overlaps.lower, overlaps.upper
     low, high = rules.background
     chosen = anchor_head._by_threshold(value, rules)
     outcome = torch.where(chosen >= 0, names[chosen.clamp(min=0)], chosen)
@@ -202,14 +211,14 @@ def _lead(value: Tensor, error: Tensor) -> Tensor:
     return torch.where(gap > 0, gap / error.gather(0, place).sum(0), 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-def _claim(overlaps: _Overlaps, row: int, rules: Thresholds) -> Claim:
+def _claim(overlaps: _Overlaps, row: int, name: int, rules: Thresholds) -> Claim:
     """Which boxes one ground truth claims, and may claim."""
     value, error = overlaps.iou.value[row], overlaps.iou.error[row]
     lower, upper = overlaps.lower[row], overlaps.upper[row]
     nothing = torch.zeros_like(value, dtype=torch.bool)
     best, place = value.max(0)
     if best.isnan():
-        return Claim(row, nothing, (), False, torch.full_like(value, math.inf))
+        return Claim(name, nothing, (), False, torch.full_like(value, math.inf))
     certain = bool(lower.amax() >= rules.least) and not bool(upper.amax().isinf())
     claimed = value == best if rules.claims_all else nothing.index_fill(0, place, True)
     groups = _groups(overlaps, row, upper >= lower.amax()) if bool(upper.amax() >= rules.least) else ()
@@ -221,8 +230,8 @@ def _claim(overlaps: _Overlaps, row: int, rules: Thresholds) -> Claim:
     threshold = (best - rules.least).abs() / error[place] if error[place] > 0 else value.new_tensor(math.inf)
     if best >= rules.least:
         margin = torch.where(claimed, torch.minimum(lead, threshold), gap)
-        return Claim(row, claimed, groups, certain, margin)
-    return Claim(row, nothing, groups, certain, torch.maximum(gap, threshold))
+        return Claim(name, claimed, groups, certain, margin)
+    return Claim(name, nothing, groups, certain, torch.maximum(gap, threshold))
 
 
 def _groups(overlaps: _Overlaps, row: int, candidates: Tensor) -> tuple[Tensor, ...]:

@@ -83,6 +83,7 @@ class ClaimingWorld(World):
         return cls(gt_index, margin, open_, by_threshold=by_threshold, claims=effective, claims_all=claims_all)
 
     def wrong(self, gt_index: Tensor) -> Tensor:
+        """Anchors (A,) bool whose outcome, alone or with the others, is not admitted."""
         wrong = super().wrong(gt_index)
         by_threshold = ~self.by_threshold.wrong(gt_index)
         overwritten = torch.zeros_like(wrong)
@@ -106,6 +107,7 @@ class ClaimingWorld(World):
         return several if int(several.sum()) > 1 else torch.zeros_like(several)
 
     def outcomes(self) -> Iterator[Tensor]:
+        """Right outcomes (A,) of the image, the float64 one first."""
         for picks in combinations_of([self.by_threshold.outcomes, *(partial(self._picks, c) for c in self.claims)]):
             outcome = picks[0].clone()
             for claim, pick in zip(self.claims, picks[1:], strict=True):

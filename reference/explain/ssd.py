@@ -12,12 +12,15 @@ from torch import Tensor
 from detoracle.reference import ssd
 from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.explain.explanation import Explanation, World
+from detoracle.reference.explain.ssd_boxes import explain_decode, explain_encode, with_rounding
 from detoracle.reference.explain.ssd_matching import explain_match
 from detoracle.reference.explain.ssd_mining import Ranking, explain_hard_negatives, explain_log_sum_exp
 from detoracle.reference.rounding import Bounded, Precision
 from detoracle.reference.ssd_boxes import VARIANCES
 
 __all__ = [
+    "explain_decode",
+    "explain_encode",
     "explain_hard_negatives",
     "explain_log_sum_exp",
     "explain_loss",
@@ -163,8 +166,7 @@ def loss_given(
     def bounded(tensor: Tensor) -> Any:
         return Bounded.exact(tensor, dtype) if dtype else tensor
 
-    # As the constants take part in arithmetic of that dtype.
-    scale = torch.tensor(variances, dtype=dtype).tolist() if dtype else variances
+    scale: Any = with_rounding(variances, dtype) if dtype else variances
     return ssd._loss(  # type: ignore[return-value]
         bounded(loc), bounded(conf), bounded(priors), bounded(gt_boxes), gt_labels, gt_index, scale
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from detoracle.reference import ssd
 from detoracle.reference.assignment import BACKGROUND
 from detoracle.reference.explain.explanation import Explanation, World
+from detoracle.reference.explain.ssd_boxes import with_rounding
 from detoracle.reference.rounding import Bounded
 from detoracle.reference.ssd_boxes import VARIANCES, _encode
 
@@ -62,7 +63,7 @@ def explain_match(
     return Explanation(
         tuple(worlds),
         lambda gt_index: _quality(stacked, gt_index),
-        lambda gt_index: _targets(gt_index, exact_priors, exact_boxes, gt_labels, variances),
+        lambda gt_index: _targets(gt_index, exact_priors, exact_boxes, gt_labels, with_rounding(variances, dtype)),
     )
 
 
@@ -73,7 +74,7 @@ def _quality(overlaps: Bounded, gt_index: Tensor) -> Any:
 
 
 def _targets(
-    gt_index: Tensor, priors: Bounded, gt_boxes: Bounded, gt_labels: Tensor, variances: Sequence[float]
+    gt_index: Tensor, priors: Bounded, gt_boxes: Bounded, gt_labels: Tensor, variances: Sequence[Any]
 ) -> dict[str, Any]:
     """Box and class targets that an assignment implies."""
     image = torch.arange(len(gt_index), device=gt_index.device)[:, None]
