@@ -11,10 +11,11 @@ from torch import Tensor
 from detoracle.properties.predictors import predict
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import Canvas, System
-from detoracle.reference import anchor_head, anchor_head_boxes, anchor_head_loss, anchor_head_terms, boxes
+from detoracle.reference import anchor_head, anchor_head_boxes, anchor_head_loss, anchor_head_ssd, anchor_head_terms, boxes
 from detoracle.reference.contract import operations_in
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain import anchor_head as explain
+from detoracle.reference.explain import anchor_head_loss as explain_loss
 
 __all__ = ["HEADS", "SYSTEM", "native"]
 
@@ -71,13 +72,17 @@ def native(scene: Scene) -> dict[str, Any]:
     sizes = scene.level_sizes
     scales = 1 if min(height, width) >= _LARGE else 3
     anchors = anchor_head_boxes.anchors(
-        sizes, scene.strides, _RATIOS, gt_boxes.new_zeros(()), octave_base_scale=2, scales_per_octave=scales
+        sizes,
+        strides=scene.strides,
+        ratios=_RATIOS,
+        like=gt_boxes.new_zeros(()),
+        octave_base_scale=2,
+        scales_per_octave=scales,
     )
-    every = torch.cat(anchors)
-    centre = (every[:, :2] + every[:, 2:]) / 2
-    strides = torch.cat([centre.new_full((len(a),), s) for a, s in zip(anchors, scene.strides, strict=True)])
-    predicted = predict(scene, centre, strides)
-    deltas = torch.stack([anchor_head_boxes.encode(every, image) for image in predicted.boxes])
+    counts = [h * w * 3 * scales for h, w in sizes]
+    strides = torch.cat([anchors.new_full((n,), s) for n, s in zip(counts, scene.strides, strict=True)])
+    predicted = predict(scene, (anchors[:, :2] + anchors[:, 2:]) / 2, strides)
+    deltas = torch.stack([anchor_head_boxes.encode(anchors, image) for image in predicted.boxes])
     shapes = torch.tensor([[height, width]] * len(gt_boxes))
     return {
         "cls_scores": _maps(predicted.class_logits, sizes, 3 * scales),
@@ -116,12 +121,15 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
     elif operation == "anchor_head.loss":
         for name, settings in HEADS.items():
             yield name, {**_head(name, given), **settings}
+    elif operation == "anchor_head.ssd_loss":
+        for ratio in (3, 1):
+            yield f"{ratio}:1", {**_head("ssd-like", given), "neg_pos_ratio": ratio}
     elif operation == "anchor_head.inside_flags":
         valid = _inside(given)
         for border in (-1.0, 0.0, 8.0):
             yield (
                 f"border {border:g}",
-                {"anchors": torch.cat(given["anchors"]), "valid": valid, "image_shapes": given["image_shapes"], "allowed_border": border},
+                {"anchors": given["anchors"], "valid": valid, "image_shapes": given["image_shapes"], "allowed_border": border},
             )
     elif operation in ("anchor_head.encode", "anchor_head.decode", "boxes.overlaps_mmdet"):
         yield from _boxes(operation, given)
@@ -130,8 +138,7 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
 
 
 def _inside(given: dict[str, Any]) -> Tensor:
-    anchors = sum(len(level) for level in given["anchors"])
-    return torch.ones(len(given["gt_valid"]), anchors, dtype=torch.bool, device=given["gt_valid"].device)
+    return torch.ones(len(given["gt_valid"]), len(given["anchors"]), dtype=torch.bool, device=given["gt_valid"].device)
 
 
 def _head(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +177,7 @@ def _generators(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, di
 
 
 def _boxes(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    anchors, deltas = torch.cat(given["anchors"]), _flat(given["bbox_preds"], 4)
+    anchors, deltas = given["anchors"], _flat(given["bbox_preds"], 4)
     if operation == "anchor_head.decode":
         yield "", {"anchors": anchors, "deltas": deltas[0]}
         yield "clipped", {"anchors": anchors, "deltas": deltas[0], "stds": (0.1, 0.1, 0.2, 0.2), "max_shape": (32, 48)}
@@ -190,7 +197,7 @@ def _boxes(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[st
 
 def _assigned(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Assignment and what follows from the oracle's own."""
-    anchors = torch.cat(given["anchors"])
+    anchors = given["anchors"]
     arguments = {"anchors": anchors, "gt_boxes": given["gt_boxes"], "gt_valid": given["gt_valid"], "inside": _inside(given)}
     if operation == "anchor_head.assign":
         for name in ("retina", "rpn", "ssd-like"):
@@ -243,7 +250,7 @@ def _terms(operation: str, given: dict[str, Any], made: Any, num_classes: int) -
     else:
         predicted = _flat(given["bbox_preds"], 4).flatten(0, 1)
         if term == "giou_loss":
-            anchors = torch.cat(given["anchors"]).repeat(len(given["gt_valid"]), 1)
+            anchors = given["anchors"].repeat(len(given["gt_valid"]), 1)
             predicted = anchor_head_boxes.decode(anchors, predicted)
             box_targets = anchors + 4
         rows = {"predicted": predicted, "target": box_targets, "weight": box_weights}
@@ -252,11 +259,10 @@ def _terms(operation: str, given: dict[str, Any], made: Any, num_classes: int) -
 
 
 def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:
-    if operation not in ("anchor_head.assign", "anchor_head.loss"):
+    if operation not in ("anchor_head.assign", "anchor_head.loss", "anchor_head.ssd_loss"):
         return None
     anchors = arguments["anchors"]
-    every = torch.cat(anchors) if isinstance(anchors, list) else anchors
-    points, sides = (every[:, :2] + every[:, 2:]) / 2, (every[:, 2:] - every[:, :2]).amin(1) / 2
+    points, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, (anchors[:, 2:] - anchors[:, :2]).amin(1) / 2
     valid = arguments["gt_valid"]
     labels = arguments.get("gt_labels", torch.zeros_like(valid, dtype=torch.int64))
     height, width = points.amax(0).flip(0).tolist()
@@ -270,12 +276,17 @@ SYSTEM = System(
         *operations_in(anchor_head),
         *operations_in(anchor_head_terms),
         *operations_in(anchor_head_loss),
+        *operations_in(anchor_head_ssd),
         *(operation for operation in operations_in(boxes) if operation.name.endswith("_mmdet")),
     ),
     shared=frozenset({"anchors", "strides"}),
     native=native,
     arguments=_arguments,
-    explain={"anchor_head.assign": explain.explain_assign, "anchor_head.loss": explain.explain_loss},
-    loss_given={"anchor_head.loss": explain.loss_given},
+    explain={
+        "anchor_head.assign": explain.explain_assign,
+        "anchor_head.loss": explain_loss.explain_loss,
+        "anchor_head.ssd_loss": explain_loss.explain_ssd_loss,
+    },
+    loss_given={"anchor_head.loss": explain_loss.loss_given, "anchor_head.ssd_loss": explain_loss.ssd_loss_given},
     canvas=_canvas,
 )

@@ -22,7 +22,7 @@ MOST_AMBIGUOUS = 0.01
 """Largest share of ambiguous positives that a generic scene may have before tolerance could hide a defect."""
 
 _GENERIC = frozenset({"random", "realistic"})  # crowds aside: tiny boxes inside the same few cells tie by nature
-_EXACT_TIE = 1e-6  # margins below this are ties in float64 too
+_EXACT_TIE = 1 / 16  # margins below this are ties, but for the rounding of the inputs: SSD's priors of equal area
 
 Call = Callable[[Mapping[str, Any]], Outcome]
 
@@ -119,14 +119,16 @@ def judge_case(case: Case, expectation: Expectation, call: Call) -> Result:
 
 
 def _ambiguous_share(explanation: Explanation) -> tuple[float, int]:
-    """Share of positives that rounding leaves open, and their number; what ties exactly is no matter of rounding."""
+    """Share of positives that rounding leaves open, and their number; what ties by design is no matter of rounding."""
     positive = explanation.gt_index >= 0
     open_ = explanation.ambiguous & positive & (explanation.margin > _EXACT_TIE)
     positives = int(positive.sum())
     return int(open_.sum()) / max(positives, 1), positives
 
 
-def smallest_failure(system: System, operation: Operation, failure: Result, call: Call, *, attempts: int = 200) -> Result:
+def smallest_failure(
+    system: System, operation: Operation, failure: Result, call: Call, *, attempts: int = 200
+) -> Result:
     """Drop images and ground truths from a failing scene while it still fails in the same clause.
 
     Parameters

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -331,8 +331,9 @@ class _LossJudge:
     ) -> None:
         self._operation, self._explanation, self._dtype = operation, explanation, dtype
         self._loss_given, self._arguments = loss_given, arguments
-        self._expected: list[tuple[dict[str, Any], dict[str, RightGradient]]] = []
         self._remaining = explanation.alternatives(_MOST_ALTERNATIVES)
+        self._right: list[_RightLoss] = []
+        self._nth(0)  # a behaviour that the oracle raises is known before anything is judged
 
     def __call__(self, outcome: Outcome) -> Verdict:
         facts = {
@@ -340,12 +341,11 @@ class _LossJudge:
             "ambiguous": int(self._explanation.ambiguous.sum()),
         }
         first: tuple[Finding, ...] = ()
-        number = 0
         for number in itertools.count():
-            expected = self._expectation(number)
-            if expected is None:
+            right = self._nth(number)
+            if right is None:
                 break
-            findings = self._findings(expected, outcome)
+            findings = self._findings(right, outcome)
             if not findings:
                 return Verdict("equal" if number == 0 else "ambiguous", **facts)
             first = first or findings
@@ -353,22 +353,33 @@ class _LossJudge:
             return Verdict("ambiguous", note="more assignments are right than can be compared; not judged", **facts)
         return Verdict("different", first, **facts)
 
-    def _expectation(self, number: int) -> tuple[dict[str, Any], dict[str, RightGradient]] | None:
-        """Values and gradients of the n-th right assignment, worked out when first asked for."""
-        while len(self._expected) <= number:
+    def _nth(self, number: int) -> _RightLoss | None:
+        """The n-th right assignment's loss, worked out when first asked for."""
+        while len(self._right) <= number:
             gt_index = next(self._remaining, None)
             if gt_index is None:
                 return None
             parts = self._loss_given(gt_index, **self._arguments, dtype=self._dtype)
-            given = partial(self._loss_given, gt_index)
-            gradients = right_gradients(self._operation, partial(given, dtype=None), self._arguments, self._dtype)
-            self._expected.append((parts, gradients))
-        return self._expected[number]
+            plain = partial(self._loss_given, gt_index, dtype=None)
+            gradients = partial(right_gradients, self._operation, plain, self._arguments, self._dtype)
+            self._right.append(_RightLoss(parts, gradients))
+        return self._right[number]
 
-    def _findings(self, expected: tuple[dict[str, Any], dict[str, RightGradient]], outcome: Outcome) -> tuple[Finding, ...]:
-        parts, gradients = expected
+    def _findings(self, right: _RightLoss, outcome: Outcome) -> tuple[Finding, ...]:
         found: list[Finding] = []
         for name, given in outcome.outputs.items():
-            if name in parts:
-                found += _compare(f"{self._operation.name}[{name}]", given, parts[name])
-        return (*found, *_compare_gradients(self._operation, outcome, gradients))
+            if name in right.parts:
+                found += _compare(f"{self._operation.name}[{name}]", given, right.parts[name])
+        return tuple(found) or tuple(_compare_gradients(self._operation, outcome, right.gradients))
+
+
+@dataclass(eq=False)
+class _RightLoss:
+    """Values of one right assignment, and its gradients, which cost more and are worked out when the values agree."""
+
+    parts: dict[str, Any]
+    work_out: Callable[[], dict[str, RightGradient]]
+
+    @cached_property
+    def gradients(self) -> dict[str, RightGradient]:
+        return self.work_out()

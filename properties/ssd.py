@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
 """Prior boxes of small scenes: 372 instead of 8732."""
 
 _LARGE = 300  # from this image side on, the priors of SSD300
+_FAR_APART = 150.0  # logits so far below the largest of the batch vanish from the ranking of negatives
 
 
 def native(scene: Scene) -> dict[str, Any]:
@@ -41,7 +42,8 @@ def native(scene: Scene) -> dict[str, Any]:
     Returns
     -------
     dict
-        loc, conf, priors, gt_boxes, gt_labels, gt_valid: the arguments of `ssd.loss`; and settings, those of `ssd.priors`.
+        loc, conf, priors, gt_boxes, gt_labels, gt_valid: the arguments of `ssd.loss`; and settings, those of
+        `ssd.priors`.
 
     Examples
     --------
@@ -85,28 +87,28 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         for threshold in (0.5, 0.35):
             yield f"threshold {threshold}", {"priors": priors, **ground_truths, "threshold": threshold}
     elif operation == "ssd.loss":
+        rest = {"loc": loc, "priors": priors, **ground_truths}
         for threshold, neg_pos in ((0.5, 3), (0.35, 1)):
             yield (
                 f"threshold {threshold}, {neg_pos}:1",
-                {
-                    "loc": loc,
-                    "conf": conf,
-                    "priors": priors,
-                    **ground_truths,
-                    "threshold": threshold,
-                    "neg_pos": neg_pos,
-                },
+                {**rest, "conf": conf, "threshold": threshold, "neg_pos": neg_pos},
             )
+        yield "logits far apart", {**rest, "conf": _far_apart(conf)}
     else:
         try:
             matched = ssd.match(priors, **ground_truths).gt_index
         except UpstreamRaises:
             return  # nothing to mine: the match operation itself shows this behaviour
+        rest = {"gt_index": matched, "gt_labels": given["gt_labels"]}
         for neg_pos in (3, 1):
-            yield (
-                f"{neg_pos}:1",
-                {"conf": conf, "gt_index": matched, "gt_labels": given["gt_labels"], "neg_pos": neg_pos},
-            )
+            yield f"{neg_pos}:1", {**rest, "conf": conf, "neg_pos": neg_pos}
+        yield "logits far apart", {**rest, "conf": _far_apart(conf)}
+
+
+def _far_apart(conf: Tensor) -> Tensor:
+    """Raise all logits of every other prior: no cross entropy changes, but the other priors underflow in the mining."""
+    raised = torch.arange(conf.shape[1], device=conf.device) % 2
+    return conf + _FAR_APART * raised[:, None].to(conf.dtype)
 
 
 def _box_arguments(

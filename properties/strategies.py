@@ -213,7 +213,7 @@ def batches(
     -------
     SearchStrategy of Scene
     """
-    boxes = draw(st.lists(images or ground_truths(size=size), min_size=1, max_size=max_images))
+    boxes = draw(st.lists(ground_truths(size=size) if images is None else images, min_size=1, max_size=max_images))
     num_classes = draw(st.sampled_from([3, 1, 20]))
     labels = [draw(st.lists(st.integers(0, num_classes - 1), min_size=len(b), max_size=len(b))) for b in boxes]
     width, height = draw(st.sampled_from([(size, size), (2 * size, size), (size, 2 * size)]))
@@ -223,7 +223,7 @@ def batches(
         num_classes=num_classes,
         gt_boxes=tuple(torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in boxes),
         gt_labels=tuple(torch.tensor(row, dtype=torch.int64) for row in labels),
-        predictor=draw(predictors or predictions()),
+        predictor=draw(predictions() if predictors is None else predictors),
         tags=frozenset(tags),
         note="Drawn by Hypothesis.",
         seed=draw(st.integers(0, 2**31 - 1)),

@@ -18,19 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from detoracle.reference.anchor_head_boxes import encode
+from detoracle.reference.anchor_head_boxes import SOURCE, encode
 from detoracle.reference.assignment import BACKGROUND, IGNORED, Assignment
 from detoracle.reference.boxes import overlaps_mmdet
 from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError, UpstreamRaises
 
 __all__ = ["Thresholds", "assign", "sample", "targets"]
-
-_SOURCE = "OpenMMLab mmdetection 2.28.2 (Apache-2.0)"
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Thresholds:
         match_low_quality: bool,
     ) -> Thresholds:
         """Check the arguments of `assign`."""
-        pair = (0.0, neg_iou_thr) if isinstance(neg_iou_thr, float) else neg_iou_thr
+        pair: Any = (0.0, neg_iou_thr) if isinstance(neg_iou_thr, float) else neg_iou_thr
         if not isinstance(pair, Sequence) or len(pair) != 2:
             raise InputError(
                 "neg_iou_thr",
@@ -80,7 +79,7 @@ class Thresholds:
 
 
 # -------------------------------------------------------------------------------------------- 4. MaxIoU assignment
-@operation("anchor_head.assign", kind="assignment", source=_SOURCE)
+@operation("anchor_head.assign", kind="assignment", source=SOURCE)
 @torch.no_grad()
 def assign(
     anchors: Tensor,
@@ -220,7 +219,7 @@ def _overlap_of(chosen: Tensor, overlaps: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------- 5. sampling
-@operation("anchor_head.sample", kind="values", source=_SOURCE)
+@operation("anchor_head.sample", kind="values", source=SOURCE)
 def sample(
     gt_index: Tensor,
     gt_labels: Tensor | None = None,
@@ -315,7 +314,7 @@ def _draw(mask: Tensor, most: int, generator: torch.Generator) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------ 6. targets
-@operation("anchor_head.targets", kind="values", source=_SOURCE)
+@operation("anchor_head.targets", kind="values", source=SOURCE)
 def targets(
     anchors: Tensor,
     gt_index: Tensor,

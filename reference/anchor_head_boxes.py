@@ -15,15 +15,15 @@ from torch import Tensor
 from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError, UpstreamRaises
 
-__all__ = ["anchors", "decode", "encode", "inside_flags", "ssd_anchors", "ssd_sizes", "valid_flags"]
+__all__ = ["SOURCE", "anchors", "decode", "encode", "inside_flags", "ssd_anchors", "ssd_sizes", "valid_flags"]
 
-_SOURCE = "OpenMMLab mmdetection 2.28.2 (Apache-2.0)"
+SOURCE = "OpenMMLab mmdetection 2.28.2 (Apache-2.0)"
 _LARGEST_RATIO = 16 / 1000  # sides shrink or grow at most so much when deltas are decoded
 _SSD_RATIO_BELOW = {(300, 15): 7, (300, 20): 10, (512, 10): 4, (512, 15): 7}  # percent, of the level below the range
 
 
 # --------------------------------------------------------------------------------------------------- 1. anchors
-@operation("anchor_head.anchors", kind="values", source=_SOURCE)
+@operation("anchor_head.anchors", kind="values", source=SOURCE)
 def anchors(
     sizes: Sequence[Sequence[int]],
     *,
@@ -109,7 +109,7 @@ def anchors(
     return torch.cat([_shifted(cell, size, pair) for cell, size, pair in zip(cells, sizes, pairs, strict=True)])
 
 
-@operation("anchor_head.ssd_anchors", kind="values", source=_SOURCE)
+@operation("anchor_head.ssd_anchors", kind="values", source=SOURCE)
 def ssd_anchors(
     sizes: Sequence[Sequence[int]],
     *,
@@ -252,7 +252,7 @@ def _shifted(cell: Tensor, size: Sequence[int], strides: tuple[int, int]) -> Ten
 
 
 # ------------------------------------------------------------------------------------------------- 2. and 3. flags
-@operation("anchor_head.valid_flags", kind="values", source=_SOURCE)
+@operation("anchor_head.valid_flags", kind="values", source=SOURCE)
 def valid_flags(
     pad_shapes: Tensor,
     *,
@@ -296,7 +296,7 @@ def valid_flags(
     return torch.stack(images)
 
 
-@operation("anchor_head.inside_flags", kind="values", source=_SOURCE)
+@operation("anchor_head.inside_flags", kind="values", source=SOURCE)
 def inside_flags(anchors: Tensor, valid: Tensor, image_shapes: Tensor, *, allowed_border: float = 0) -> Tensor:
     """Anchors that take part: the valid ones that stick out of their image by at most the allowed border.
 
@@ -331,7 +331,7 @@ def inside_flags(anchors: Tensor, valid: Tensor, image_shapes: Tensor, *, allowe
 
 
 # ------------------------------------------------------------------------------------------------- 7. delta coder
-@operation("anchor_head.encode", kind="values", gradients=("boxes",), source=_SOURCE)
+@operation("anchor_head.encode", kind="values", gradients=("boxes",), source=SOURCE)
 def encode(
     anchors: Tensor, boxes: Tensor, *, means: Sequence[float] = (0, 0, 0, 0), stds: Sequence[float] = (1, 1, 1, 1)
 ) -> Tensor:
@@ -365,7 +365,7 @@ def encode(
     return (deltas - deltas.new_tensor(list(means))) / deltas.new_tensor(list(stds))
 
 
-@operation("anchor_head.decode", kind="values", gradients=("deltas",), source=_SOURCE)
+@operation("anchor_head.decode", kind="values", gradients=("deltas",), source=SOURCE)
 def decode(
     anchors: Tensor,
     deltas: Tensor,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from detoracle.reference.anchor_head import assign, sample, targets
-from detoracle.reference.anchor_head_boxes import decode, inside_flags, valid_flags
+from detoracle.reference.anchor_head_boxes import SOURCE, decode, inside_flags, valid_flags
 from detoracle.reference.anchor_head_terms import (
     cross_entropy,
     giou_loss,
@@ -24,9 +25,7 @@ from detoracle.reference.anchor_head_terms import (
 from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError, UpstreamRaises
 
-__all__ = ["Options", "loss"]
-
-_SOURCE = "OpenMMLab mmdetection 2.28.2 (Apache-2.0)"
+__all__ = ["Batch", "Options", "loss"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,46 @@ class Options:
     eps: float = 1e-6
 
 
+class Batch(NamedTuple):
+    """What both losses need beside the assignment; `loss` says what each is."""
+
+    cls_scores: Sequence[Tensor]
+    bbox_preds: Sequence[Tensor]
+    anchors: Tensor
+    gt_boxes: Tensor
+    gt_labels: Tensor
+
+    @property
+    def columns(self) -> int:
+        """Logits of one anchor."""
+        return self.cls_scores[0].shape[1] // (self.bbox_preds[0].shape[1] // 4)
+
+    @property
+    def num_anchors(self) -> list[int]:
+        """Anchors of each level."""
+        return [level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in self.bbox_preds]
+
+    def check(self) -> None:
+        """Raise an `InputError` unless maps and anchors fit together."""
+        fitting = len(self.cls_scores) == len(self.bbox_preds) and all(
+            deltas.shape[1] >= 4
+            and deltas.shape[1] % 4 == 0
+            and scores.shape[2:] == deltas.shape[2:]
+            and scores.shape[1] == deltas.shape[1] // 4 * self.columns
+            for scores, deltas in zip(self.cls_scores, self.bbox_preds, strict=True)
+        )
+        if not fitting or sum(self.num_anchors) != len(self.anchors):
+            scores, deltas = ([tuple(level.shape) for level in maps] for maps in (self.cls_scores, self.bbox_preds))
+            raise InputError(
+                "cls_scores, bbox_preds, anchors",
+                expected="per level K*C and K*4 channels of one size H, W, and H*W*K anchors, the same C on all levels",
+                got=f"{scores}, {deltas} and {len(self.anchors)} anchors",
+                where="anchor_head.loss",
+            )
+
+
 # ---------------------------------------------------------------------------------------------- 8. loss, per level
-@operation("anchor_head.loss", kind="loss", gradients=("cls_scores", "bbox_preds"), source=_SOURCE)
+@operation("anchor_head.loss", kind="loss", gradients=("cls_scores", "bbox_preds"), source=SOURCE)
 def loss(
     cls_scores: Sequence[Tensor],
     bbox_preds: Sequence[Tensor],
@@ -208,7 +245,8 @@ def loss(
     >>> round(float(parts["total"]), 4)
     0.0433
     """
-    inside = _taking_part(cls_scores, bbox_preds, anchors, image_shapes, pad_shapes, strides, allowed_border)
+    batch = Batch(cls_scores, bbox_preds, anchors, gt_boxes, gt_labels)
+    inside = _taking_part(batch, image_shapes, pad_shapes, strides, allowed_border)
     assignment = assign(
         anchors,
         gt_boxes,
@@ -246,23 +284,22 @@ def loss(
         beta=beta,
         eps=eps,
     )
-    return _loss(assignment.gt_index, cls_scores, bbox_preds, anchors, gt_boxes, gt_labels, options)
+    return _loss(assignment.gt_index, batch, options)
 
 
 def _taking_part(
-    cls_scores: Sequence[Tensor],
-    bbox_preds: Sequence[Tensor],
-    anchors: Tensor,
+    batch: Batch,
     image_shapes: Tensor,
     pad_shapes: Tensor,
     strides: Sequence[int | Sequence[int]],
     allowed_border: float,
 ) -> Tensor:
     """Anchors (B, A) that take part; at least one in every image."""
-    base_anchors = _base_anchors(cls_scores, bbox_preds, anchors)
-    sizes = [tuple(level.shape[2:]) for level in cls_scores]
+    batch.check()
+    sizes = [tuple(level.shape[2:]) for level in batch.bbox_preds]
+    base_anchors = [level.shape[1] // 4 for level in batch.bbox_preds]
     valid = valid_flags(pad_shapes, sizes=sizes, strides=strides, base_anchors=base_anchors)
-    inside = inside_flags(anchors, valid, image_shapes, allowed_border=allowed_border)
+    inside = inside_flags(batch.anchors, valid, image_shapes, allowed_border=allowed_border)
     for image, flags in enumerate(inside):
         if not flags.any():
             raise UpstreamRaises(
@@ -275,63 +312,23 @@ def _taking_part(
     return inside
 
 
-def _base_anchors(cls_scores: Sequence[Tensor], bbox_preds: Sequence[Tensor], anchors: Tensor) -> list[int]:
-    """Anchors of a cell of each level, from maps that fit together."""
-    counts = [level.shape[1] // 4 for level in bbox_preds]
-    fitting = len(cls_scores) == len(bbox_preds) and all(
-        0 < deltas.shape[1] == 4 * count
-        and scores.shape[2:] == deltas.shape[2:]
-        and scores.shape[1] == count * _columns(cls_scores[0], bbox_preds[0])
-        for scores, deltas, count in zip(cls_scores, bbox_preds, counts, strict=True)
-    )
-    if not fitting or sum(_num_anchors(bbox_preds)) != len(anchors):
-        shapes = [[tuple(level.shape) for level in maps] for maps in (cls_scores, bbox_preds)]
-        raise InputError(
-            "cls_scores, bbox_preds, anchors",
-            expected="per level K*C and K*4 channels of one size H, W, and H*W*K anchors, the same C on all levels",
-            got=f"{shapes[0]}, {shapes[1]} and {len(anchors)} anchors",
-            where="anchor_head.loss",
-        )
-    return counts
-
-
-def _num_anchors(bbox_preds: Sequence[Tensor]) -> list[int]:
-    """Anchors of each level."""
-    return [level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in bbox_preds]
-
-
-def _columns(cls_scores: Tensor, bbox_preds: Tensor) -> int:
-    """Logits of one anchor."""
-    return cls_scores.shape[1] // (bbox_preds.shape[1] // 4)
-
-
 def _rows(level: Tensor, columns: int) -> Tensor:
     """Map (B, K*C, H, W) to rows (B, H*W*K, C) in the order of the anchors."""
     return level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, columns)
 
 
-def _loss(
-    gt_index: Tensor,
-    cls_scores: Sequence[Tensor],
-    bbox_preds: Sequence[Tensor],
-    anchors: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    options: Options,
-) -> dict[str, Tensor]:
+def _loss(gt_index: Tensor, batch: Batch, options: Options) -> dict[str, Tensor]:
     """Loss of a given assignment."""
-    columns = _columns(cls_scores[0], bbox_preds[0])
+    columns, lengths = batch.columns, batch.num_anchors
     classes = columns - 1 if options.class_loss == "cross_entropy" else columns
     positive, negative = _sampled(gt_index, options)
-    *each, num_positives, num_negatives = _targets(
-        anchors, gt_index, gt_boxes, gt_labels, positive, negative, classes, options
-    )
+    *each, num_positives, num_negatives = _targets(gt_index, batch, positive, negative, classes, options)
     divisor = int(num_positives + num_negatives if _samples(options) else num_positives)
-    parts, lengths = [], _num_anchors(bbox_preds)
-    per_level = zip(*(target.split(lengths, 1) for target in each), strict=True)
-    for scores, deltas, level, target in zip(cls_scores, bbox_preds, anchors.split(lengths), per_level, strict=True):
+    parts, levels = [], torch.split(batch.anchors, lengths)
+    per_level = zip(*(torch.split(target, lengths, 1) for target in each), strict=True)
+    for scores, deltas, anchors, target in zip(batch.cls_scores, batch.bbox_preds, levels, per_level, strict=True):
         labels, label_weights, box_targets, box_weights = (t.flatten(0, 1) for t in target)
-        predicted = _predicted(level, _rows(deltas, 4), options).flatten(0, 1)
+        predicted = _predicted(anchors, _rows(deltas, 4), options).flatten(0, 1)
         class_term = _class_loss(_rows(scores, columns).flatten(0, 1), labels, label_weights, divisor, options)
         parts.append((class_term, _box_loss(predicted, box_targets, box_weights, divisor, options)))
     classification, box = (torch.stack(part) for part in zip(*parts, strict=True))
@@ -358,20 +355,13 @@ def _sampled(gt_index: Tensor, options: Options) -> tuple[Tensor, Tensor]:
 
 
 def _targets(
-    anchors: Tensor,
-    gt_index: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    positive: Tensor,
-    negative: Tensor,
-    num_classes: int,
-    options: Options,
+    gt_index: Tensor, batch: Batch, positive: Tensor, negative: Tensor, num_classes: int, options: Options
 ) -> tuple[Tensor, ...]:
     return targets.__wrapped__(  # type: ignore[attr-defined,no-any-return]
-        anchors,
+        batch.anchors,
         gt_index,
-        gt_boxes,
-        gt_labels,
+        batch.gt_boxes,
+        batch.gt_labels,
         positive,
         negative,
         num_classes=num_classes,

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from detoracle.reference.anchor_head import assign
-from detoracle.reference.anchor_head_loss import Options, _columns, _predicted, _rows, _taking_part, _targets
+from detoracle.reference.anchor_head_boxes import SOURCE
+from detoracle.reference.anchor_head_loss import Batch, Options, _predicted, _rows, _taking_part, _targets
 from detoracle.reference.anchor_head_terms import cross_entropy, smooth_l1_loss, weighted
 from detoracle.reference.assignment import BACKGROUND
 from detoracle.reference.contract import operation
 
 __all__ = ["ssd_loss"]
 
-_SOURCE = "OpenMMLab mmdetection 2.28.2 (Apache-2.0)"
 
-
-@operation("anchor_head.ssd_loss", kind="loss", gradients=("cls_scores", "bbox_preds"), source=_SOURCE)
+@operation("anchor_head.ssd_loss", kind="loss", gradients=("cls_scores", "bbox_preds"), source=SOURCE)
 def ssd_loss(
     cls_scores: Sequence[Tensor],
     bbox_preds: Sequence[Tensor],
@@ -130,7 +129,8 @@ def ssd_loss(
     >>> round(float(ssd_loss(*maps, boxes, boxes[None], label, one, shape, shape, strides=[8])["total"]), 4)
     0.6931
     """
-    inside = _taking_part(cls_scores, bbox_preds, anchors, image_shapes, pad_shapes, strides, allowed_border)
+    batch = Batch(cls_scores, bbox_preds, anchors, gt_boxes, gt_labels)
+    inside = _taking_part(batch, image_shapes, pad_shapes, strides, allowed_border)
     assignment = assign(
         anchors,
         gt_boxes,
@@ -155,7 +155,7 @@ def ssd_loss(
         stds=stds,
         beta=beta,
     )
-    rows = _SsdRows.of(assignment.gt_index, cls_scores, bbox_preds, anchors, gt_boxes, gt_labels, options)
+    rows = _SsdRows.of(assignment.gt_index, batch, options)
     mined = torch.stack([_hardest(*candidates) for candidates in rows.candidates(neg_pos_ratio)])
     return rows.loss(mined)
 
@@ -171,37 +171,22 @@ class _SsdRows:
     divisor: float
 
     @classmethod
-    def of(
-        cls,
-        gt_index: Tensor,
-        cls_scores: Sequence[Tensor],
-        bbox_preds: Sequence[Tensor],
-        anchors: Tensor,
-        gt_boxes: Tensor,
-        gt_labels: Tensor,
-        options: Options,
-    ) -> _SsdRows:
+    def of(cls, gt_index: Tensor, batch: Batch, options: Options) -> _SsdRows:
         """Work out the losses of a given assignment."""
-        columns = _columns(cls_scores[0], bbox_preds[0])
-        scores = torch.cat([_rows(level, columns) for level in cls_scores], dim=1)
-        deltas = torch.cat([_rows(level, 4) for level in bbox_preds], dim=1)
-        positive, negative = gt_index >= 0, gt_index == BACKGROUND
+        columns = batch.columns
+        scores = torch.cat([_rows(level, columns) for level in batch.cls_scores], dim=1)
+        deltas = torch.cat([_rows(level, 4) for level in batch.bbox_preds], dim=1)
         labels, label_weights, box_targets, box_weights, num_positives, _ = _targets(
-            anchors, gt_index, gt_boxes, gt_labels, positive, negative, columns - 1, options
+            gt_index, batch, gt_index >= 0, gt_index == BACKGROUND, columns - 1, options
         )
         flat = cross_entropy.__wrapped__(scores.flatten(0, 1), labels.flatten(), reduction="none")  # type: ignore[attr-defined]
-        predicted = _predicted(anchors, deltas, options).flatten(0, 1)
+        predicted = _predicted(batch.anchors, deltas, options).flatten(0, 1)
         box = smooth_l1_loss.__wrapped__(  # type: ignore[attr-defined]
             predicted, box_targets.flatten(0, 1), box_weights.flatten(0, 1), beta=options.beta, reduction="none"
         )
-        has_class = (labels >= 0) & (labels < columns - 1)
-        return cls(
-            flat.reshape(labels.shape) * label_weights,
-            box.reshape(box_targets.shape),
-            has_class,
-            labels == columns - 1,
-            int(num_positives),
-        )
+        classification = flat.reshape(labels.shape) * label_weights
+        has_class, background = (labels >= 0) & (labels < columns - 1), labels == columns - 1
+        return cls(classification, box.reshape(box_targets.shape), has_class, background, int(num_positives))
 
     def candidates(self, neg_pos_ratio: int) -> list[tuple[Tensor, Tensor, int]]:
         """Per image: class losses, who is background, and how many of them are to be mined."""

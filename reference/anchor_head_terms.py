@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detoracle.reference.anchor_head_boxes import SOURCE
 from detoracle.reference.boxes import overlaps_mmdet
 from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError, UpstreamRaises
@@ -22,7 +23,6 @@ __all__ = [
     "weighted",
 ]
 
-_SOURCE = "OpenMMLab mmdetection 2.28.2 (Apache-2.0)"
 _AVG_FACTOR_EPS = torch.finfo(torch.float32).eps
 
 
@@ -75,7 +75,7 @@ def weighted(
 
 
 # ------------------------------------------------------------------------------------------------- class losses
-@operation("anchor_head.cross_entropy", kind="values", gradients=("logits",), source=_SOURCE)
+@operation("anchor_head.cross_entropy", kind="values", gradients=("logits",), source=SOURCE)
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -134,7 +134,7 @@ def cross_entropy(
     return weighted(loss, weight, reduction=reduction, avg_factor=average) * loss_weight
 
 
-@operation("anchor_head.sigmoid_cross_entropy", kind="values", gradients=("logits",), source=_SOURCE)
+@operation("anchor_head.sigmoid_cross_entropy", kind="values", gradients=("logits",), source=SOURCE)
 def sigmoid_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -197,7 +197,7 @@ def sigmoid_cross_entropy(
     return weighted(loss, each, reduction=reduction, avg_factor=average) * loss_weight
 
 
-@operation("anchor_head.sigmoid_focal_loss", kind="values", gradients=("logits",), source=_SOURCE)
+@operation("anchor_head.sigmoid_focal_loss", kind="values", gradients=("logits",), source=SOURCE)
 def sigmoid_focal_loss(
     logits: Tensor,
     labels: Tensor,
@@ -280,7 +280,7 @@ def _average(avg_factor: float | None, reduction: str, kept: Tensor) -> float | 
 
 
 # --------------------------------------------------------------------------------------------------- box losses
-@operation("anchor_head.smooth_l1_loss", kind="values", gradients=("predicted",), source=_SOURCE)
+@operation("anchor_head.smooth_l1_loss", kind="values", gradients=("predicted",), source=SOURCE)
 def smooth_l1_loss(
     predicted: Tensor,
     target: Tensor,
@@ -336,7 +336,7 @@ def smooth_l1_loss(
     return weighted(_rows(loss), weight, reduction=reduction, avg_factor=avg_factor) * loss_weight
 
 
-@operation("anchor_head.l1_loss", kind="values", gradients=("predicted",), source=_SOURCE)
+@operation("anchor_head.l1_loss", kind="values", gradients=("predicted",), source=SOURCE)
 def l1_loss(
     predicted: Tensor,
     target: Tensor,
@@ -389,7 +389,7 @@ def _rows(loss: Tensor) -> Tensor:
     return loss if len(loss) else loss.sum()
 
 
-@operation("anchor_head.giou_loss", kind="values", gradients=("predicted",), source=_SOURCE)
+@operation("anchor_head.giou_loss", kind="values", gradients=("predicted",), source=SOURCE)
 def giou_loss(
     predicted: Tensor,
     target: Tensor,

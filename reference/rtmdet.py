@@ -153,12 +153,13 @@ def cost(
         near = candidate[image]
         if not valid.any() or not near.any():
             continue
+        _check_labels(gt_labels[image, valid], class_logits.shape[-1], where=f"rtmdet.cost, image {image}")
         pair_cost, pair_iou = _cost(
             class_logits[image, near],
             boxes[image, near],
             priors[near],
             gt_boxes[image, valid],
-            _one_hot(gt_labels[image, valid], class_logits.shape[-1], where=f"rtmdet.cost, image {image}"),
+            gt_labels[image, valid],
             _centers(gt_boxes[image, valid], None if gt_masks is None else gt_masks[image, valid]),
             soft_center_radius,
             iou_weight,
@@ -169,8 +170,7 @@ def cost(
     return full_cost, full_iou
 
 
-def _one_hot(gt_labels: Tensor, num_classes: int, *, where: str) -> Tensor:
-    """(G,) to (G, C) bool."""
+def _check_labels(gt_labels: Tensor, num_classes: int, *, where: str) -> None:
     if not 0 <= int(gt_labels.min()) <= int(gt_labels.max()) < num_classes:
         raise UpstreamRaises(
             "rtmdet.label-out-of-range",
@@ -178,7 +178,6 @@ def _one_hot(gt_labels: Tensor, num_classes: int, *, where: str) -> Tensor:
             got=str(gt_labels.tolist()),
             where=where,
         )
-    return gt_labels[:, None] == torch.arange(num_classes, device=gt_labels.device)
 
 
 def _centers(gt_boxes: Tensor, gt_masks: Tensor | None) -> Tensor:
@@ -196,7 +195,7 @@ def _cost(
     boxes: Tensor,
     priors: Tensor,
     gt_boxes: Tensor,
-    one_hot: Tensor,
+    gt_labels: Tensor,
     centers: Tensor,
     soft_center_radius: float,
     iou_weight: float,
@@ -204,7 +203,7 @@ def _cost(
     """Cost and IoU (G, N) of one image's candidates."""
     iou = overlaps_mmdet.__wrapped__(gt_boxes, boxes)  # type: ignore[attr-defined]
     distance_cost = _distance_cost(_distance(priors, centers), soft_center_radius)
-    return _class_cost(class_logits, one_hot, iou) + _iou_cost(iou, iou_weight) + distance_cost, iou
+    return _class_cost(class_logits, gt_labels, iou) + _iou_cost(iou, iou_weight) + distance_cost, iou
 
 
 def _iou_cost(iou: Tensor, iou_weight: float) -> Tensor:
@@ -220,13 +219,19 @@ def _distance_cost(distance: Tensor, soft_center_radius: float) -> Tensor:
     return 10.0 ** (distance - soft_center_radius)
 
 
-def _class_cost(class_logits: Tensor, one_hot: Tensor, iou: Tensor) -> Tensor:
-    """Quality focal loss, over all classes, of each candidate against each ground truth's class and IoU, (G, N)."""
-    soft_label = one_hot[:, None].to(iou.dtype) * iou[..., None]
-    difference = soft_label - torch.sigmoid(class_logits)
-    logits = class_logits[None].expand(soft_label.shape)
-    entropy = F.binary_cross_entropy_with_logits(logits, soft_label, reduction="none")
-    return (entropy * torch.abs(difference) ** 2).sum(-1)
+def _class_cost(class_logits: Tensor, gt_labels: Tensor, iou: Tensor) -> Tensor:
+    """Quality focal loss of each candidate, towards the IoU in the ground truth's class and 0 in all others, (G, N)."""
+    others = _quality_cost(class_logits, torch.zeros_like(class_logits, dtype=iou.dtype))
+    own = _quality_cost(class_logits[:, gt_labels], iou.transpose(0, 1))
+    classes = torch.arange(class_logits.shape[1], device=gt_labels.device)
+    return torch.stack(
+        [torch.where(classes == label, own[:, gt, None], others).sum(-1) for gt, label in enumerate(gt_labels)]
+    )
+
+
+def _quality_cost(logits: Tensor, target: Tensor) -> Tensor:
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return entropy * torch.abs(target - torch.sigmoid(logits)) ** 2
 
 
 # ------------------------------------------------------------------------------------- 5. and 6. dynamic k, conflicts

@@ -108,7 +108,7 @@ def pad_targets(
     place = torch.arange(len(image), device=image.device) - torch.searchsorted(image, image)
     most = int(place.max()) + 1 if len(image) else 0
     rows = batch_size * most
-    row = (image * most + place).where((image >= 0) & (image < batch_size), rows)  # the last row is thrown away
+    row = (image.long() * most + place).where((image >= 0) & (image < batch_size), rows)  # the last row is thrown away
 
     height, width = image_size
     x, y, w, h = boxes[order].unbind(-1)
@@ -234,14 +234,10 @@ def _match(metric: Tensor, overlap: Tensor, counts: Tensor, topk: int) -> tuple[
 def dfl_decode(box_logits: Tensor) -> Tensor:
     """Distances (B, A, 4) from logits (B, A, 4*R); a sum of products, for a matrix product may round to TF32."""
     bins = box_logits.shape[-1] // 4
-    return box_logits if bins == 1 else _mean_bin(box_logits.unflatten(-1, (4, bins)), -1)
-
-
-def _mean_bin(logits: Tensor, dim: int) -> Tensor:
-    """Mean of the distributions over bins that lie along a dimension."""
-    probability = logits.softmax(dim)
-    bins = torch.arange(logits.shape[dim], dtype=logits.dtype, device=logits.device)
-    return (probability * (bins if dim == -1 else bins[:, None])).sum(dim)
+    if bins == 1:
+        return box_logits
+    probability = box_logits.unflatten(-1, (4, bins)).softmax(-1)
+    return (probability * torch.arange(bins, dtype=box_logits.dtype, device=box_logits.device)).sum(-1)
 
 
 @implements("yolov8.bbox2dist", name="batched")
@@ -271,5 +267,100 @@ def _dfl(logits: Tensor, distances: Tensor) -> Tensor:
     distances = distances.clamp(0, last)
     left = distances.floor().clamp(max=last - 1)
     neighbours = left.long().clamp(0, last - 1)[..., None] + torch.arange(2, device=left.device)
-    to_left, to_right = -logits.log_softmax(-1).gather(-1, neighbours).unbind(-1)
-    return (to_left * (left + 1 - distances) + to_right * (distances - left)).mean(-1)
+    on_left, on_right = logits.log_softmax(-1).gather(-1, neighbours).unbind(-1)
+    return -(on_left * (left + 1 - distances) + on_right * (distances - left)).mean(-1)
+
+
+# -------------------------------------------------------------------------------------------------------- loss
+@implements("yolov8.loss", name="batched")
+def loss(
+    raw: Sequence[Tensor],
+    strides: Sequence[int],
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_valid: Tensor,
+    *,
+    reg_max: int = 16,
+    topk: int = 10,
+    alpha: float = 0.5,
+    beta: float = 6.0,
+    box_gain: float = 7.5,
+    cls_gain: float = 0.5,
+    dfl_gain: float = 1.5,
+) -> dict[str, Tensor]:
+    """Training loss of a batch: total, box, cls, dfl; decodes all boxes to assign them, and the listed ones to train them.
+
+    Examples
+    --------
+    >>> gt, one = torch.tensor([[[8.0, 8, 24, 24]]]), torch.ones(1, 1, dtype=torch.bool)
+    >>> parts = loss([torch.zeros(1, 65, 4, 4)], [8], gt, torch.zeros(1, 1, dtype=torch.int64), one)
+    >>> {name: round(float(part), 4) for name, part in parts.items()}
+    {'total': 5.5567, 'box': 0.0073, 'cls': 5.5452, 'dfl': 0.0041}
+    """
+    flat = torch.cat([level.flatten(2) for level in raw], dim=2)
+    channels, num_classes = 4 * reg_max, flat.shape[1] - 4 * reg_max
+    points, stride = anchor_points(raw, strides)
+    gt_index, quality = _assigned(
+        flat.detach(), reg_max, points, stride, gt_boxes, gt_labels, gt_valid, topk, alpha, beta
+    )
+    anchor, listed = _listed(gt_index >= 0, topk * gt_boxes.shape[1])
+    matched = gt_index.gather(1, anchor).clamp(min=0)
+    weight = quality.gather(1, anchor).where(listed, 0.0)
+    chosen = flat.take_along_dim(anchor[:, None], 2).where(listed[:, None], 0.0)
+    point, per_stride = points[anchor], stride[anchor][..., None]
+    target = (gt_boxes.take_along_dim(matched[..., None], 1) / per_stride).where(listed[..., None], 1.0)
+
+    ciou = _iou(_sides(_decoded(chosen[:, :channels], point)), _sides(target.unbind(-1)))
+    box = ((1 - ciou) * weight).sum()
+    dfl = torch.zeros_like(box)
+    if reg_max > 1:
+        logits = chosen[:, :channels].mT.unflatten(-1, (4, reg_max))
+        dfl = (_dfl(logits, bbox2dist(point, target, reg_max=reg_max)) * weight).sum()
+    # Cross entropy with target t is softplus(x) - x t, and t is above 0 for one class of each positive.
+    label = gt_labels.long().gather(1, matched).clamp(0, num_classes - 1)
+    own = chosen[:, channels:].gather(1, label[:, None])[:, 0]
+    cls = F.softplus(flat[:, channels:], threshold=_LINEAR).sum() - (own * weight).sum()
+
+    normaliser, dtype = quality.sum().clamp(min=1), torch.promote_types(flat.dtype, torch.float32)
+    gains = (box_gain, cls_gain, dfl_gain)
+    box, cls, dfl = ((p / normaliser).to(dtype) * gain for p, gain in zip((box, cls, dfl), gains, strict=True))
+    return {"total": (box + cls + dfl) * len(flat), "box": box.detach(), "cls": cls.detach(), "dfl": dfl.detach()}
+
+
+def _assigned(
+    flat: Tensor,
+    reg_max: int,
+    points: Tensor,
+    stride: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_valid: Tensor,
+    topk: int,
+    alpha: float,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """Ground truth and quality (B, A) of each anchor, from detached predictions (B, 4*R+C, A)."""
+    box_logits, class_logits = flat.split([4 * reg_max, flat.shape[1] - 4 * reg_max], dim=1)
+    box = [(side * stride).to(gt_boxes.dtype) for side in _decoded(box_logits, points)]
+    counted = _with_class(gt_labels, gt_valid & (gt_boxes.sum(-1) > 0), class_logits.shape[1])
+    score = _of_class(class_logits, gt_labels).sigmoid()
+    metric, overlap, in_gt = _align(score, box, points * stride[:, None], gt_boxes, counted, alpha, beta)
+    return _match(metric, overlap, in_gt & counted[..., None], topk)
+
+
+def _decoded(box_logits: Tensor, points: Tensor) -> tuple[Tensor, ...]:
+    """Left, top, right and bottom in cells, (B, N) each, from logits (B, 4*R, N) and points (..., N, 2)."""
+    x, y = points.unbind(-1)
+    left, top, right, bottom = dfl_decode(box_logits.mT).unbind(-1)
+    return x - left, y - top, x + right, y + bottom
+
+
+def _listed(positive: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Anchors (B, P) of a mask (B, A), in order, filled up with the first to a fixed P; and which are of it, (B, P)."""
+    images, anchors = positive.shape
+    length = min(most, anchors)
+    every = torch.arange(anchors, device=positive.device)
+    place = (positive.cumsum(1) - 1).where(positive, length)  # the last place is thrown away
+    listed = every[:length] < positive.sum(1, keepdim=True)
+    spread = torch.zeros(images, length + 1, dtype=torch.int64, device=positive.device)
+    return spread.scatter(1, place, every.expand(images, -1))[:, :length], listed

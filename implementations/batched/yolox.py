@@ -187,10 +187,11 @@ def _class_cost(predictions: Tensor, gt_labels: Tensor) -> Tensor:
     classes = torch.arange(probability.shape[-1], device=gt_labels.device)
     smaller = log_is_not.masked_fill(classes == its_class[..., None], 0.0).sum(-1)
 
-    own = gt_labels[..., None].expand(-1, -1, predictions.shape[1])
-    log_is = probability.mT.gather(1, own).log().clamp(min=-100)
-    log_is_not_any = largest[:, None] + (smaller[:, None] - log_is_not.mT.gather(1, own))
-    return -(torch.where(own == its_class[:, None], smaller[:, None], log_is_not_any) + log_is)
+    label = gt_labels[..., None].expand(-1, -1, predictions.shape[1])
+    own = probability.mT.gather(1, label)
+    others = largest[:, None] + (smaller[:, None] - torch.log1p(-own).clamp(min=-100))
+    others = torch.where(label == its_class[:, None], smaller[:, None], others)
+    return -(others + own.log().clamp(min=-100))
 
 
 @implements("yolox.dynamic_k_matching", name="batched")
@@ -218,7 +219,7 @@ def _match(cost: Tensor, iou: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor,
     claims = below | (tied & (tied.cumsum(-1, dtype=torch.int32) <= vacant))
 
     claimants = claims.sum(1)
-    winner = torch.where(claimants > 1, cost.argmin(1), claims.byte().argmax(1))
+    winner = torch.where(claimants > 1, cost.min(1).indices, claims.byte().max(1).indices)
     matched_iou = iou.gather(1, winner[:, None])[:, 0]
     assigned = claimants > 0
     return (

@@ -14,12 +14,12 @@ from detoracle.properties.golden.checks import StageCheck, discrete, gradient, r
 from detoracle.properties.golden.vectors import Recorded
 from detoracle.reference import anchor_head, anchor_head_boxes, anchor_head_loss, anchor_head_ssd
 from detoracle.reference.anchor_head import Thresholds
-from detoracle.reference.anchor_head_loss import Options
+from detoracle.reference.anchor_head_loss import Batch, Options
 from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.boxes import overlaps_mmdet
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain.anchor_head import explain_assign
-from detoracle.reference.explain.anchor_head_loss import explain_ssd_loss, loss_given, ssd_loss_given
+from detoracle.reference.explain.anchor_head_loss import _bounded, explain_ssd_loss, loss_given, ssd_loss_given
 from detoracle.reference.rounding import Bounded
 
 __all__ = ["UNCHECKED", "replay"]
@@ -39,6 +39,11 @@ def replay(scene: Recorded) -> Iterator[StageCheck]:
     StageCheck
         One for each recorded output, one for the exception; ``assign`` and ``hard_negatives`` for the assignment from
         anchors and ground truths alone.
+
+    Raises
+    ------
+    InputError
+        The scene is of an unknown kind.
     """
     checks = []
     for check in _stages(scene) if scene.info["kind"] == "loss" else units.stages(scene):
@@ -54,14 +59,7 @@ def _stages(scene: Recorded) -> Iterator[StageCheck]:
         _oracle(scene)(**arguments)
     except UpstreamRaises as behaviour:
         error = behaviour
-    returned_none = scene.has("out/returned_none") and bool(scene.tensor("out/returned_none"))
-    if returned_none:
-        same = error is not None and error.behaviour == "anchor_head.no-anchor-inside"
-        yield StageCheck("returned_none", "equal" if same else "different", f"the oracle: {error}")
-    else:
-        yield raised(scene, error)
-        if scene.has("out/returned_none"):
-            yield StageCheck("returned_none", "equal")
+    yield from _returned(scene, error)
     if arguments is None or not scene.has("out/anchors.0"):
         return
     yield from _anchors(scene, arguments)
@@ -78,6 +76,18 @@ def _stages(scene: Recorded) -> Iterator[StageCheck]:
         yield from _targets(scene, arguments, recorded)
     if scene.has("out/loss_total"):
         yield from _losses(scene, arguments, recorded)
+
+
+def _returned(scene: Recorded, error: UpstreamRaises | None) -> Iterator[StageCheck]:
+    """The exception, or that there was no loss at all, for which the oracle raises."""
+    no_loss = error is not None and error.behaviour == "anchor_head.no-anchor-inside"
+    recorded_none = scene.has("out/returned_none") and bool(scene.tensor("out/returned_none"))
+    if no_loss and recorded_none and error is not None:
+        yield StageCheck("raises", "equal", f"{error.behaviour} for no loss at all")
+    else:
+        yield raised(scene, error)
+    if scene.has("out/returned_none"):
+        yield discrete("returned_none", torch.tensor(no_loss), scene.tensor("out/returned_none"))
 
 
 def _is_ssd(scene: Recorded) -> bool:
@@ -188,34 +198,26 @@ def _whole_assignment(scene: Recorded, arguments: dict[str, Any], recorded: Tens
 
 
 def _options(scene: Recorded, arguments: Mapping[str, Any]) -> Options:
-    names = set(Options.__dataclass_fields__) & set(arguments)
-    kinds = {"class_loss": "cross_entropy"} if _is_ssd(scene) else {}
-    return Options(**{name: arguments[name] for name in names}, **kinds)
+    given = {name: arguments[name] for name in Options.__dataclass_fields__ if name in arguments}
+    return Options(**{**given, "class_loss": "cross_entropy"}) if _is_ssd(scene) else Options(**given)
 
 
 def _targets(scene: Recorded, arguments: dict[str, Any], recorded: Tensor) -> Iterator[StageCheck]:
     """Samples and targets of the recorded assignment, targets of the recorded samples."""
     options = _options(scene, arguments)
     sampled = anchor_head_loss._sampled(recorded, options)
-    given = []
+    given = {}
     for name, ours in zip(("pos_inds", "neg_inds"), sampled, strict=True):
-        masks = torch.zeros_like(ours)
+        given[name] = torch.zeros_like(ours)
         for image, inside in enumerate(scene.tensors("out/inside_flags")):
             chosen = scene.tensor(f"out/{name}.{image}")
             yield discrete(f"{name}.{image}", ours[image, inside].nonzero().flatten(), chosen)
-            masks[image, inside.nonzero().flatten()[chosen]] = True
-        given.append(masks)
-    lengths = anchor_head_loss._num_anchors(arguments["bbox_preds"])
+            given[name][image, inside.nonzero().flatten()[chosen]] = True
+    batch, num_classes = _bounded(_batch(arguments), arguments["cls_scores"][0].dtype), scene.info["cfg"]["num_classes"]
     results: Any = anchor_head_loss._targets(
-        _exact(arguments["anchors"]),
-        recorded,
-        _exact(arguments["gt_boxes"]),
-        arguments["gt_labels"],
-        *given,
-        scene.info["cfg"]["num_classes"],
-        options,
+        recorded, batch, given["pos_inds"], given["neg_inds"], num_classes, options
     )
-    per_level = [t.split(lengths, 1) for t in results[:4]]
+    per_level = [torch.split(t, batch.num_anchors, 1) for t in results[:4]]
     for name, levels in zip(("labels", "label_weights", "bbox_targets", "bbox_weights"), per_level, strict=True):
         for level, expected in enumerate(levels):
             target = scene.tensor(f"out/{name}.{level}")
@@ -227,13 +229,15 @@ def _targets(scene: Recorded, arguments: dict[str, Any], recorded: Tensor) -> It
     counts["num_total_samples"] = results[4] + results[5] if anchor_head_loss._samples(options) else results[4]
     for name, count in counts.items():
         yield discrete(name, count, scene.tensor(f"out/{name}"))
-    for level, deltas in enumerate(arguments["bbox_preds"]):
+    for level, anchors in enumerate(torch.split(batch.anchors, batch.num_anchors)):
         if scene.has(f"out/decoded.{level}"):
-            rows: Any = anchor_head_loss._rows(_exact(deltas), 4)
-            decoded: Any = anchor_head_loss._predicted(
-                _exact(arguments["anchors"].split(lengths)[level]), rows, options
-            )
+            rows = anchor_head_loss._rows(batch.bbox_preds[level], 4)
+            decoded: Any = anchor_head_loss._predicted(anchors, rows, options)
             yield within(f"decoded.{level}", scene.tensor(f"out/decoded.{level}"), decoded)
+
+
+def _batch(arguments: Mapping[str, Any]) -> Batch:
+    return Batch(**{name: arguments[name] for name in Batch._fields})
 
 
 def _losses(scene: Recorded, arguments: dict[str, Any], recorded: Tensor) -> Iterator[StageCheck]:
@@ -261,13 +265,9 @@ def _mined(scene: Recorded, arguments: dict[str, Any], recorded: Tensor, *, ties
 
     Ties are broken by index, or in favour of the anchors whose class the recorded gradients train.
     """
-    rows = anchor_head_ssd._SsdRows.of(
-        recorded,
-        *(arguments[name] for name in ("cls_scores", "bbox_preds", "anchors", "gt_boxes", "gt_labels")),
-        _options(scene, arguments),
-    )
-    columns = anchor_head_loss._columns(arguments["cls_scores"][0], arguments["bbox_preds"][0])
-    gradients = [anchor_head_loss._rows(level, columns) for level in scene.tensors("out/grad_cls")]
+    batch = _batch(arguments)
+    rows = anchor_head_ssd._SsdRows.of(recorded, batch, _options(scene, arguments))
+    gradients = [anchor_head_loss._rows(level, batch.columns) for level in scene.tensors("out/grad_cls")]
     trained = (torch.cat(gradients, dim=1) != 0).any(-1) & ties_by_gradient
     images = []
     for image, (cost, background, number) in enumerate(rows.candidates(arguments["neg_pos_ratio"])):

@@ -31,12 +31,12 @@ def anchors_from(generator: Mapping[str, Any], sizes: Sequence[tuple[int, ...]],
     """Anchors of all levels, by the generator's unchecked function, so that `like` may be bounded."""
     settings = dict(generator)
     if settings.pop("type") != _ANCHOR_SSD:
-        return anchors.__wrapped__(sizes, like=like, **settings)  # type: ignore[attr-defined,no-any-return]
+        return anchors.__wrapped__(sizes, like=like, **settings)  # type: ignore[attr-defined]
     if "input_size" in settings:
         settings["min_sizes"], settings["max_sizes"] = ssd_sizes(
             settings.pop("input_size"), settings.pop("basesize_ratio_range"), len(settings["strides"])
         )
-    return ssd_anchors.__wrapped__(sizes, like=like, **{"scale_major": True, **settings})  # type: ignore[attr-defined,no-any-return]
+    return ssd_anchors.__wrapped__(sizes, like=like, **{"scale_major": True, **settings})  # type: ignore[attr-defined]
 
 
 def assigning(assigner: Mapping[str, Any], *, thresholds_only: bool = False) -> dict[str, Any]:
@@ -44,14 +44,16 @@ def assigning(assigner: Mapping[str, Any], *, thresholds_only: bool = False) -> 
 
     An int or a list as ``neg_iou_thr``, which upstream takes as no background at all, becomes an empty interval.
     """
-    settings = {"min_pos_iou": 0.0, "gt_max_assign_all": True, "match_low_quality": True, **assigner}
+    settings: dict[str, Any] = {"min_pos_iou": 0.0, "gt_max_assign_all": True, "match_low_quality": True, **assigner}
     python_type = settings.pop("neg_iou_thr_python_type", None)
     negative = settings["neg_iou_thr"]
     if isinstance(negative, int) or python_type == "list":
         negative = (0.0, 0.0)
     settings["neg_iou_thr"] = tuple(negative) if isinstance(negative, list) else negative
     settings.pop("type", None)
-    regions = {name: settings.pop(name) for name in ("ignore_iof_thr", "ignore_wrt_candidates") if name in settings}
+    regions: dict[str, Any] = {
+        name: settings.pop(name) for name in ("ignore_iof_thr", "ignore_wrt_candidates") if name in settings
+    }
     return settings if thresholds_only else {**settings, **regions}
 
 

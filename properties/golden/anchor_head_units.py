@@ -14,7 +14,7 @@ from detoracle.properties.golden.vectors import Recorded
 from detoracle.reference import anchor_head, anchor_head_boxes, anchor_head_terms
 from detoracle.reference.anchor_head import Thresholds
 from detoracle.reference.assignment import BACKGROUND, IGNORED
-from detoracle.reference.errors import UpstreamRaises
+from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.explain.explanation import Explanation
 from detoracle.reference.rounding import Bounded
 
@@ -48,10 +48,20 @@ def stages(scene: Recorded) -> Iterator[StageCheck]:
     Yields
     ------
     StageCheck
+
+    Raises
+    ------
+    InputError
+        The scene is of an unknown kind.
     """
     kinds = {"gen": _generator, "coder": _coder, "assigner": _assigner, "sampler": _sampler, "losses": _losses}
+    kind = scene.info["kind"]
+    if kind not in kinds:
+        raise InputError(
+            "kind", expected=f"one of loss, {', '.join(kinds)}", got=repr(kind), where=f"recorded scene '{scene.name}'"
+        )
     try:
-        yield from kinds[scene.info["kind"]](scene)
+        yield from kinds[kind](scene)
         yield raised(scene, None)
     except UpstreamRaises as behaviour:
         yield raised(scene, behaviour)
@@ -73,8 +83,8 @@ def as_gt_index(assigned: Tensor) -> Tensor:
 
 
 def judged(stage: str, ours: Tensor, recorded: Tensor, explanation: Explanation) -> StageCheck:
-    """Compare an assignment: ours may differ where the explanation leaves it open, the recorded one must be right."""
-    wrong = explanation.wrong(recorded)
+    """Compare an assignment: ours may differ from the recorded one where the explanation admits both."""
+    wrong = explanation.wrong(recorded) | explanation.wrong(ours)
     check = discrete(stage, ours, recorded, open_=~wrong)
     if check.status == "equal" and wrong.any():
         return StageCheck(stage, "different", f"{int(wrong.sum())} recorded outcomes are wrong by the explanation")
@@ -136,9 +146,8 @@ def _coder(scene: Recorded) -> Iterator[StageCheck]:
     cfg = scene.info["cfg"]
     coder, anchors = cfg.get("coder", {}), scene.tensor("in/anchors")
     if scene.has("out/encode"):
-        encoded: Any = anchor_head_boxes.encode.__wrapped__(
-            _exact(anchors), _exact(scene.tensor("in/gt")), **coding(coder)
-        )  # type: ignore[attr-defined]
+        pair = _exact(anchors), _exact(scene.tensor("in/gt"))
+        encoded: Any = anchor_head_boxes.encode.__wrapped__(*pair, **coding(coder))  # type: ignore[attr-defined]
         yield within("encode", scene.tensor("out/encode"), encoded)
     settings = coding(coder)
     if coder.get("clip_border", True) and "max_shape" in cfg:

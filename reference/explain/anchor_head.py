@@ -140,18 +140,21 @@ class _Overlaps:
         target: Any = self.ground_truths[row : row + 1]
         boxes: Any = self.boxes[columns]
         iou: Any = self.iou[row, columns]
-        intersection, area, union = (t[:, 0] for t in _shared_areas(boxes[:, None], target[None]))
-        near, far = torch.maximum(target[:, :2], boxes[:, :2]), torch.minimum(target[:, 2:], boxes[:, 2:])
-        shared, own = far - near, boxes[:, 2:] - boxes[:, :2]
-        one = torch.ones_like(area.value)[:, None]  # type: ignore[attr-defined]
+        areas: Any = _shared_areas(boxes[:, None], target[None])
+        intersection, area, union = (t[:, 0] for t in areas)
+        near: Any = torch.maximum(target[:, :2], boxes[:, :2])
+        far: Any = torch.minimum(target[:, 2:], boxes[:, 2:])
+        shared: Any = far - near
+        own = boxes[:, 2:] - boxes[:, :2]
+        one = torch.ones_like(area.value)[:, None]
         between = (
             torch.where(shared.error > 0, near.value, shared.value),
             torch.where(shared.error > 0, far.value, math.inf),
         )
         sources = torch.cat([*between, own.value.masked_fill(own.error > 0, math.nan), one], dim=1)
-        sources[area.error == 0, 4:6] = torch.cat([area.value[:, None], one * 0], dim=1)[area.error == 0]  # type: ignore[attr-defined]
-        both = torch.stack([intersection.value, union.value], dim=1)  # type: ignore[attr-defined]
-        exact = (intersection.error == 0) & (union.error == 0)  # type: ignore[attr-defined]
+        sources[area.error == 0, 4:6] = torch.cat([area.value[:, None], one * 0], dim=1)[area.error == 0]
+        both = torch.stack([intersection.value, union.value], dim=1)
+        exact = (intersection.error == 0) & (union.error == 0)
         for known, numbers in ((exact, both), (iou.error == 0, iou.value[:, None])):
             sources[known] = 0.0
             sources[known, : numbers.shape[1]] = numbers[known]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detoracle.reference import anchor_head_loss, anchor_head_ssd
-from detoracle.reference.anchor_head_loss import Options
+from detoracle.reference.anchor_head_loss import Batch, Options
 from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.explain.anchor_head import explain_assign
 from detoracle.reference.explain.explanation import Count, Explanation, World, claim_decisions
@@ -69,8 +69,9 @@ def explain_loss(
     >>> explain_loss(*maps, boxes, boxes[None], label, one, shape, shape, strides=[8]).gt_index.tolist()
     [[0]]
     """
+    batch = Batch(cls_scores, bbox_preds, anchors, gt_boxes, gt_labels)
     border = settings.get("allowed_border", -1.0)
-    inside = anchor_head_loss._taking_part(cls_scores, bbox_preds, anchors, image_shapes, pad_shapes, strides, border)
+    inside = anchor_head_loss._taking_part(batch, image_shapes, pad_shapes, strides, border)
     assigning = {name: settings[name] for name in _ASSIGNING if name in settings}
     precise = _dtype_of(anchors, cls_scores[0], dtype)
     return explain_assign(anchors, gt_boxes, gt_valid, inside, ignore_boxes, ignore_valid, **assigning, dtype=precise)
@@ -120,26 +121,20 @@ def loss_given(
     >>> bool(loss_given(torch.tensor([[0]]), *given, strides=[8])["total"].error < 1e-6)
     True
     """
-    inputs = _inputs(gt_index, cls_scores, bbox_preds, anchors, gt_boxes, gt_labels, dtype)
-    return anchor_head_loss._loss(*inputs, _options(settings))  # type: ignore[return-value]
+    batch = Batch(cls_scores, bbox_preds, anchors, gt_boxes, gt_labels)
+    return anchor_head_loss._loss(gt_index, _bounded(batch, dtype), _options(settings))  # type: ignore[return-value]
 
 
-def _inputs(
-    gt_index: Tensor,
-    cls_scores: Sequence[Tensor],
-    bbox_preds: Sequence[Tensor],
-    anchors: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    dtype: torch.dtype | None,
-) -> tuple[Any, ...]:
-    """Arguments of the losses' inner functions, bounded if there is a dtype."""
+def _bounded(batch: Batch, dtype: torch.dtype | None) -> Batch:
+    """A batch in bounded arithmetic, if there is a dtype."""
+    if dtype is None:
+        return batch
 
     def bounded(tensor: Tensor) -> Any:
-        return Bounded.exact(tensor, _dtype_of(tensor, cls_scores[0], dtype)) if dtype else tensor
+        return Bounded.exact(tensor, _dtype_of(tensor, batch.cls_scores[0], dtype))
 
-    maps = ([bounded(level) for level in levels] for levels in (cls_scores, bbox_preds))
-    return gt_index, *maps, bounded(anchors), bounded(gt_boxes), gt_labels
+    cls_scores, bbox_preds = ([bounded(level) for level in maps] for maps in (batch.cls_scores, batch.bbox_preds))
+    return Batch(cls_scores, bbox_preds, bounded(batch.anchors), bounded(batch.gt_boxes), batch.gt_labels)
 
 
 def _options(settings: dict[str, Any]) -> Options:
@@ -192,11 +187,11 @@ def explain_ssd_loss(
     images = []
     for image, worlds in enumerate(matching.worlds):
         one = slice(image, image + 1)
-        maps = [[level.detach()[one] for level in levels] for levels in (cls_scores, bbox_preds)]
+        scores, deltas = ([level.detach()[one] for level in levels] for levels in (cls_scores, bbox_preds))
+        batch = _bounded(Batch(scores, deltas, anchors, gt_boxes[one], gt_labels[one]), dtype)
 
-        def negatives(matched: Tensor, maps: list[list[Tensor]] = maps, one: slice = one) -> World:
-            inputs = _inputs(matched[None], *maps, anchors, gt_boxes[one], gt_labels[one], dtype)
-            rows = anchor_head_ssd._SsdRows.of(*inputs, options)
+        def negatives(matched: Tensor, batch: Batch = batch) -> World:
+            rows = anchor_head_ssd._SsdRows.of(matched[None], batch, options)
             [(cost, background, number)] = rows.candidates(neg_pos_ratio)
             return _mined(matched, cost, background, int(number))  # type: ignore[arg-type]
 
@@ -245,8 +240,8 @@ def ssd_loss_given(
     >>> float(ssd_loss_given(torch.tensor([[0, -2]]), *given, strides=[8], dtype=None)["total"]) < 0.7
     True
     """
-    inputs = _inputs(gt_index, cls_scores, bbox_preds, anchors, gt_boxes, gt_labels, dtype)
-    rows = anchor_head_ssd._SsdRows.of(*inputs, _options({**_SSD_AFTERWARDS, **settings}))
+    batch = _bounded(Batch(cls_scores, bbox_preds, anchors, gt_boxes, gt_labels), dtype)
+    rows = anchor_head_ssd._SsdRows.of(gt_index, batch, _options({**_SSD_AFTERWARDS, **settings}))
     mined = []
     for chosen, (cost, background, number) in zip(gt_index, rows.candidates(neg_pos_ratio), strict=True):
         marked = chosen == BACKGROUND

@@ -219,8 +219,8 @@ def background_world(num_anchors: int, device: torch.device) -> World:
 def worlds_of(decision: Decision, world: Callable[[Tensor], World]) -> tuple[World, ...]:
     """Build a world for every way in which the ambiguous elements of a decision can fall.
 
-    Of more than four ambiguous elements, those with the same margin hang on the same numbers, such as anchors in line with
-    an edge, and flip together; of more than four such groups, one at a time flips, not all combinations.
+    Of more than four ambiguous elements, those with the same margin hang on the same numbers, such as anchors in line
+    with an edge, and flip together; of more than four such groups, one at a time flips, not all combinations.
 
     Examples
     --------

@@ -45,9 +45,8 @@ def explain_encode(
     >>> bool(explain_encode(torch.tensor([[0.5, 0.5, 0.75, 0.75]]), prior).error.max() < 1e-5)
     True
     """
-    exact: list[Any] = [Bounded.exact(boxes, dtype) for boxes in (gt_boxes, priors)]
-    result: Any = _encode(*exact, with_rounding(variances, dtype))
-    return result  # type: ignore[no-any-return]
+    targets, places = Bounded.exact(gt_boxes, dtype), Bounded.exact(priors, dtype)
+    return _encode(targets, places, with_rounding(variances, dtype))  # type: ignore[arg-type,return-value]
 
 
 def explain_decode(
@@ -66,6 +65,5 @@ def explain_decode(
     >>> bool(explain_decode(torch.ones(1, 1, 4), prior).error.max() < 1e-6)
     True
     """
-    exact: list[Any] = [Bounded.exact(tensor, dtype) for tensor in (loc, priors)]
-    result: Any = _decode(*exact, with_rounding(variances, dtype))
-    return result  # type: ignore[no-any-return]
+    offsets, places = Bounded.exact(loc, dtype), Bounded.exact(priors, dtype)
+    return _decode(offsets, places, with_rounding(variances, dtype))  # type: ignore[arg-type,return-value]

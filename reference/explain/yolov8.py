@@ -71,7 +71,14 @@ def explain_assign(
     )
     where = "yolov8.assign"
     pairs = _pairs(predicted, given, points, targets, gt_labels, gt_valid, topk, alpha, beta, where=where)
-    return _explanation(pairs, topk, dtype)
+    explanation = _explanation(pairs, topk, dtype)
+
+    def trained(gt_index: Tensor) -> dict[str, Any]:
+        quality: Any = explanation.quality(gt_index)
+        parts = yolov8._targets(gt_index, quality, targets, gt_labels, scores.shape[-1])  # type: ignore[arg-type]
+        return dict(zip(("labels", "boxes", "scores"), parts, strict=True))
+
+    return replace(explanation, targets=trained)
 
 
 def _explanation(pairs: Sequence[_Pairs], topk: int, dtype: torch.dtype) -> Explanation:

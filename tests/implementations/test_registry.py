@@ -49,9 +49,13 @@ def test_a_target_names_module_and_callable(target: str) -> None:
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("no_such_module:f", "ModuleNotFoundError"), ("math:no", "AttributeError"), ("math:pi", "to be callable, got float"),
-     ("adopter_broken:f", "ZeroDivisionError: division by zero")],
-)  # fmt: skip
+    [
+        ("no_such_module:f", "ModuleNotFoundError"),
+        ("math:no", "AttributeError"),
+        ("math:pi", "to be callable, got float"),
+        ("adopter_broken:f", "ZeroDivisionError: division by zero"),
+    ],
+)
 def test_what_cannot_be_loaded_is_named(target: str, message: str, folder: Path) -> None:
     with pytest.raises(InputError, match=message):
         load(target)
@@ -88,9 +92,14 @@ def test_a_pyproject_names_modules(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[tool", "tool = 3", "[tool]\ndetoracle = 3", '[tool.detoracle]\nimplementations = "adopter_one"',
-     "[tool.detoracle]\nimplementations = [3]"],
-)  # fmt: skip
+    [
+        "[tool",
+        "tool = 3",
+        "[tool]\ndetoracle = 3",
+        '[tool.detoracle]\nimplementations = "adopter_one"',
+        "[tool.detoracle]\nimplementations = [3]",
+    ],
+)
 def test_a_wrong_pyproject_is_refused(text: str, folder: Path) -> None:
     with pytest.raises(InputError, match=r"^pyproject.toml: expected TOML whose \[tool.detoracle\]"):
         discover(project(folder, text))
@@ -98,7 +107,9 @@ def test_a_wrong_pyproject_is_refused(text: str, folder: Path) -> None:
 
 def test_two_of_one_name_are_refused(folder: Path) -> None:
     path = project(folder, '[tool.detoracle]\nimplementations = ["adopter_one", "adopter_two"]')
-    with pytest.raises(InputError, match=r"one implementation named 'ours' of yolox.*two, adopter_one:both and adopter_two"):
+    with pytest.raises(
+        InputError, match=r"one implementation named 'ours' of yolox.*two, adopter_one:both and adopter_two"
+    ):
         discover(path)
 
 

@@ -50,9 +50,15 @@ class Assigner:
     keep_last_gt = True
 
     def __call__(
-        self, predictions: Tensor, anchor_points: Tensor, anchor_strides: Tensor, gt_boxes: Tensor,
-        gt_labels: Tensor, gt_valid: Tensor, flavour: str,
-    ) -> dict[str, Tensor]:  # fmt: skip
+        self,
+        predictions: Tensor,
+        anchor_points: Tensor,
+        anchor_strides: Tensor,
+        gt_boxes: Tensor,
+        gt_labels: Tensor,
+        gt_valid: Tensor,
+        flavour: str,
+    ) -> dict[str, Tensor]:
         gt_index = torch.full(predictions.shape[:2], -1)
         quality, k = predictions.new_zeros(predictions.shape[:2]), torch.zeros_like(gt_labels)
         counted = yolox.counted_ground_truths(gt_boxes, gt_labels, gt_valid, flavour=flavour)
@@ -95,7 +101,9 @@ class Assigner:
         probability = (predicted[:, 5:].sigmoid() * predicted[:, 4:5].sigmoid()).sqrt()
         target = F.one_hot(labels, predicted.shape[1] - 5).to(probability)
         pairs = (len(labels), *probability.shape)
-        return F.binary_cross_entropy(probability.expand(pairs), target[:, None].expand(pairs), reduction="none").sum(-1)
+        return F.binary_cross_entropy(probability.expand(pairs), target[:, None].expand(pairs), reduction="none").sum(
+            -1
+        )
 
     def penalty(self, flavour: str) -> float:
         return 1e5 if flavour == "tutorial" else 1e6
@@ -124,7 +132,8 @@ class Corners(Assigner):
         centre, half = boxes[:, None, :2], boxes[:, None, 2:] / 2
         reach = radius * strides[None, :, None]
         inside = [
-            ((points > centre - side) & (points < centre + side)).all(-1) for side in (half, reach.expand(len(boxes), -1, 2))
+            ((points > centre - side) & (points < centre + side)).all(-1)
+            for side in (half, reach.expand(len(boxes), -1, 2))
         ]
         return inside[0], inside[1]
 
@@ -151,14 +160,20 @@ class Permuted(Assigner):
 
 
 def inside_double(**arguments: Any) -> dict[str, Tensor]:
-    fine = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in arguments.items()}
+    fine: dict[str, Any] = {
+        n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in arguments.items()
+    }
     found = Assigner()(**fine)
     return {**found, "quality": found["quality"].float()}
 
 
 RIGHT: dict[str, Callable[..., Any]] = {
-    "matrices": Assigner(), "log-space": LogSpace(), "corners": Corners(), "permuted": Permuted(), "double": inside_double,
-}  # fmt: skip
+    "matrices": Assigner(),
+    "log-space": LogSpace(),
+    "corners": Corners(),
+    "permuted": Permuted(),
+    "double": inside_double,
+}
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -222,9 +237,19 @@ class LastGtDropped(Assigner):
 
 WRONG: dict[str, Assigner] = {
     kind.__name__: kind()
-    for kind in (AmongClaimants, FirstClaimant, ConflictByIou, RoundedK, NoMinimumK, OwnCandidatesK,
-                 InclusiveEdge, WeakPenalty, LargeEpsilon, LastGtDropped)
-}  # fmt: skip
+    for kind in (
+        AmongClaimants,
+        FirstClaimant,
+        ConflictByIou,
+        RoundedK,
+        NoMinimumK,
+        OwnCandidatesK,
+        InclusiveEdge,
+        WeakPenalty,
+        LargeEpsilon,
+        LastGtDropped,
+    )
+}
 
 
 def found_out(operation: Operation, judged: Judged, wrong: Callable[..., Any]) -> Result:

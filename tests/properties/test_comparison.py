@@ -12,10 +12,10 @@ from torch import Tensor
 
 from detoracle.properties.bounds import gradient_bound, outside
 from detoracle.properties.comparison import Expectation, Verdict, expect
+from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.outputs import Outcome, perform
 from detoracle.properties.systems import system_of
 from detoracle.properties.yolox import native
-from detoracle.properties.edge_cases import edge_cases
 from detoracle.reference import boxes, yolox
 
 SYSTEM = system_of("yolox")
@@ -119,7 +119,11 @@ def test_either_side_of_a_tie_is_right_and_no_third() -> None:
 def test_a_problem_is_a_finding(outcome: Outcome, status: str, clause: str) -> None:
     expectation = expect(SYSTEM, OPERATIONS["yolox.assign"], arguments("yolox.assign", "single"))
     verdict = expectation.judge(outcome)
-    assert (verdict.status, verdict.findings[0].clause, verdict.findings[0].message) == (status, f"yolox.assign[{clause}]", "m")
+    assert (verdict.status, verdict.findings[0].clause, verdict.findings[0].message) == (
+        status,
+        f"yolox.assign[{clause}]",
+        "m",
+    )
 
 
 def test_where_the_oracle_raises_nothing_is_asked() -> None:
@@ -148,12 +152,22 @@ def test_without_candidates_one_may_raise_or_train_background_but_not_invent() -
 @pytest.mark.parametrize(
     "wrong",
     [
-        torch.zeros_like, torch.ones_like, lambda x: x.flip(0), lambda x: x * 1.00001, lambda x: x + 1e-3, lambda x: x.roll(1, 1),
-        lambda x: x * torch.nan, lambda x: x.T, lambda x: x[:1], lambda x: x.mean().expand_as(x),
+        torch.zeros_like,
+        torch.ones_like,
+        lambda x: x.flip(0),
+        lambda x: x * 1.00001,
+        lambda x: x + 1e-3,
+        lambda x: x.roll(1, 1),
+        lambda x: x * torch.nan,
+        lambda x: x.T,
+        lambda x: x[:1],
+        lambda x: x.mean().expand_as(x),
     ],
-)  # fmt: skip
+)
 def test_no_cheap_answer_passes(wrong: Callable[[Tensor], Tensor]) -> None:
-    verdict = judged("boxes.iou_yolox", lambda **given: wrong(boxes.iou_yolox(**given)), "overlapping", "image 0, cxcywh")
+    verdict = judged(
+        "boxes.iou_yolox", lambda **given: wrong(boxes.iou_yolox(**given)), "overlapping", "image 0, cxcywh"
+    )
     assert verdict.status == "different"
 
 

@@ -82,15 +82,26 @@ def test_an_array_of_no_described_scene_is_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     "description",
     [
-        None, "", "{", "[]", "3", '{"system": "yolox_doc"}', '{"scenes": {}}', '{"system": "other", "scenes": {}}',
-        '{"system": "yolox", "scenes": ["single"]}', '{"system": "yolox", "scenes": {"single": 3}}',
-        '{"system": "yolox", "scenes": {}, "config": 3}', "[" * 100_000,
+        None,
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"system": "yolox_doc"}',
+        '{"scenes": {}}',
+        '{"system": "other", "scenes": {}}',
+        '{"system": "yolox", "scenes": ["single"]}',
+        '{"system": "yolox", "scenes": {"single": 3}}',
+        '{"system": "yolox", "scenes": {}, "config": 3}',
+        "[" * 100_000,
     ],
-)  # fmt: skip
+)
 def test_a_broken_description_is_refused(description: str | None, copy: Path) -> None:
     described = copy.with_suffix(".json")
     described.unlink() if description is None else described.write_text(description)
-    with pytest.raises(InputError, match=r"^copy.json: expected JSON beside the .npz with 'system' \(one of yolox, ssd"):
+    with pytest.raises(
+        InputError, match=r"^copy.json: expected JSON beside the .npz with 'system' \(one of yolox, ssd"
+    ):
         read_vectors(copy)
 
 
@@ -104,7 +115,9 @@ def test_choices_are_compared_exactly_but_for_open_ones() -> None:
     assert discrete("k", got, recorded[:2]).detail == "shape (3,), recorded (2,)"
 
 
-@pytest.mark.parametrize("change", [torch.zeros_like, lambda x: x.flip(0), torch.ones_like, lambda x: x[:2], lambda x: x * 1.0001])
+@pytest.mark.parametrize(
+    "change", [torch.zeros_like, lambda x: x.flip(0), torch.ones_like, lambda x: x[:2], lambda x: x * 1.0001]
+)
 def test_floats_are_compared_within_their_bound(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     values = torch.tensor([0.3, 7.0, -2.0])
     bounded = Bounded.exact(values, torch.float32) / 3

@@ -84,7 +84,6 @@ def test_a_recorded_stage_without_an_oracle_stage_is_a_finding() -> None:
     assert different(more) == {"something_new"}
 
 
-
 def wrong_dynamic_k(iou: Tensor) -> Tensor:
     best = iou.topk(min(10, iou.shape[1]), dim=1).values.sum(1)
     return best.nan_to_num(nan=1.0).round().long().clamp(min=1)

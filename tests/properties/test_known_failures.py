@@ -20,19 +20,34 @@ def write(folder: Path, text: str) -> Path:
 
 def test_entries_are_read(tmp_path: Path) -> None:
     found = read_known_failures(write(tmp_path, ENTRY + ENTRY.replace("a[b]", "c") + 'scene = "crowd-*"\n'))
-    assert found == (KnownFailure("a[b]", "because", "ours/1", DAY), KnownFailure("c", "because", "ours/1", DAY, "crowd-*"))
+    assert found == (
+        KnownFailure("a[b]", "because", "ours/1", DAY),
+        KnownFailure("c", "because", "ours/1", DAY, "crowd-*"),
+    )
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('reason = "because"\n', ""), ('link = "ours/1"\n', ""), ("expires = 2027-01-31\n", ""),
-        ("2027-01-31", '"2027-01-31"'), ("2027-01-31", "2027-01-31T10:00:00"), ("2027-01-31", "10:00:00"), ('"because"', "3"),
-        ('"because"', '"  "'), ('"a[b]"', '""'), ("clause", "claus"), ("[[known-failure]]", "[known-failure]"),
-        ("[[known-failure]]", "[[known_failure]]"), (ENTRY, "known-failure = 3"), (ENTRY, "known-failure = [3]"), (ENTRY, "["),
-        (ENTRY, ""), ("reason", 'owner = "me"\nreason'),
+        ('reason = "because"\n', ""),
+        ('link = "ours/1"\n', ""),
+        ("expires = 2027-01-31\n", ""),
+        ("2027-01-31", '"2027-01-31"'),
+        ("2027-01-31", "2027-01-31T10:00:00"),
+        ("2027-01-31", "10:00:00"),
+        ('"because"', "3"),
+        ('"because"', '"  "'),
+        ('"a[b]"', '""'),
+        ("clause", "claus"),
+        ("[[known-failure]]", "[known-failure]"),
+        ("[[known-failure]]", "[[known_failure]]"),
+        (ENTRY, "known-failure = 3"),
+        (ENTRY, "known-failure = [3]"),
+        (ENTRY, "["),
+        (ENTRY, ""),
+        ("reason", 'owner = "me"\nreason'),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_entry_is_refused(old: str, new: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^known.toml: expected"):
         read_known_failures(write(tmp_path, ENTRY.replace(old, new)))

@@ -13,11 +13,20 @@ from detoracle.reference.errors import InputError
 NASTY = [0.1, -0.0, math.nan, math.inf, -math.inf, 1e-45, 1 / 3, 3e38]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SCENE = SavedScene(
-    "yolox.loss", "unicode é",
-    {"strides": [8, 16], "raw": [torch.randn(1, 6, 2, 2, generator=torch.Generator().manual_seed(0))], "flavour": "official",
-     "eps": 0.1, "use_l1": True, "weight": None, "gt_valid": torch.tensor([[True, False]])},
-    "mine:f", ("a[b] : c",),
-)  # fmt: skip
+    "yolox.loss",
+    "unicode é",
+    {
+        "strides": [8, 16],
+        "raw": [torch.randn(1, 6, 2, 2, generator=torch.Generator().manual_seed(0))],
+        "flavour": "official",
+        "eps": 0.1,
+        "use_l1": True,
+        "weight": None,
+        "gt_valid": torch.tensor([[True, False]]),
+    },
+    "mine:f",
+    ("a[b] : c",),
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,8 +54,11 @@ def test_everything_else_returns_too(tmp_path: Path) -> None:
     write_scene(tmp_path / "s.json", SCENE)
     found = read_scene(tmp_path / "s.json")
     assert (found.operation, found.name, found.implementation, found.findings) == (
-        SCENE.operation, SCENE.name, SCENE.implementation, SCENE.findings,
-    )  # fmt: skip
+        SCENE.operation,
+        SCENE.name,
+        SCENE.implementation,
+        SCENE.findings,
+    )
     assert torch.equal(found.arguments["raw"][0], SCENE.arguments["raw"][0])
     for name in ("strides", "flavour", "eps", "use_l1", "weight"):
         assert found.arguments[name] == SCENE.arguments[name]
@@ -55,7 +67,7 @@ def test_everything_else_returns_too(tmp_path: Path) -> None:
 
 def test_the_same_scene_gives_the_same_bytes(tmp_path: Path) -> None:
     turned = SavedScene(
-        SCENE.operation, SCENE.name, dict(reversed(SCENE.arguments.items())), SCENE.implementation, SCENE.findings
+        SCENE.operation, SCENE.name, dict(reversed(list(SCENE.arguments.items()))), SCENE.implementation, SCENE.findings
     )
     for name, scene in (("a", SCENE), ("b", turned), ("c", read_scene_of(tmp_path, SCENE))):
         write_scene(tmp_path / name, scene)
@@ -82,13 +94,20 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (["format"], "detoracle-scene/2"), (["operation"], 5), (["implementation"], None), (["findings"], 3),
-        (["findings"], [3]), (["arguments"], 3), (["arguments", "raw", 0, "shape"], [9]), (["arguments", "eps", "float"], "0x1p9999"),
-        (["arguments", "raw", 0, "tensor"], "float8"), (["arguments", "raw", 0, "values"], ["x"] * 24),
+        (["format"], "detoracle-scene/2"),
+        (["operation"], 5),
+        (["implementation"], None),
+        (["findings"], 3),
+        (["findings"], [3]),
+        (["arguments"], 3),
+        (["arguments", "raw", 0, "shape"], [9]),
+        (["arguments", "eps", "float"], "0x1p9999"),
+        (["arguments", "raw", 0, "tensor"], "float8"),
+        (["arguments", "raw", 0, "values"], ["x"] * 24),
         (["arguments", "raw", 0], {}),
         (["arguments", "raw", 0, "values"], ["0x1p9999"] * 24),
     ],
-)  # fmt: skip
+)
 def test_an_altered_file_is_refused(path: list[str], value: object, tmp_path: Path) -> None:
     write_scene(tmp_path / "s.json", SCENE)
     body = json.loads((tmp_path / "s.json").read_text())

@@ -14,7 +14,7 @@ from detoracle.properties.worker import Worker
 from detoracle.reference import yolox
 from detoracle.reference.errors import DetoracleError
 
-STRANGER = '''
+STRANGER = """
 import os, sys, time
 import torch
 from detoracle.reference.yolox import decode as right
@@ -55,7 +55,7 @@ def counts(seen=[], **_):
 
 def threads(**_):
     return torch.full((1, 1, 6), float(torch.get_num_threads()))
-'''
+"""
 HEAD: dict[str, Any] = {"raw": [torch.zeros(1, 6, 1, 1)], "strides": [8]}
 RIGHT = [[[0.0, 0, 8, 8, 0, 0]]]
 DECODE = yolox.decode.operation  # type: ignore[attr-defined]
@@ -98,11 +98,13 @@ def test_one_process_serves_many_calls(worker: Worker) -> None:
 @pytest.mark.parametrize(
     ("name", "problem", "message"),
     [
-        ("raises", "raised", "RuntimeError: on purpose"), ("unpicklable", "raised", "Odd: odd"),
-        ("mistyped", "contract", "predictions: expected"), ("writes", "mutated-input", "raw[0] was written to"),
+        ("raises", "raised", "RuntimeError: on purpose"),
+        ("unpicklable", "raised", "Odd: odd"),
+        ("mistyped", "contract", "predictions: expected"),
+        ("writes", "mutated-input", "raw[0] was written to"),
         ("missing", "raised", "has no attribute 'missing'"),
     ],
-)  # fmt: skip
+)
 def test_problems_are_reported(name: str, problem: str, message: str, worker: Worker) -> None:
     outcome = call(worker, name)
     assert outcome.problem == problem
@@ -119,9 +121,12 @@ def test_a_module_that_cannot_be_imported_is_the_callers_fault(worker: Worker) -
 
 @pytest.mark.parametrize(
     ("name", "problem", "message"),
-    [("dies", "raised", "the process died (exit code 3)"), ("leaves", "raised", "the process died (exit code 0)"),
-     ("hangs", "timeout", "no answer within 2 s")],
-)  # fmt: skip
+    [
+        ("dies", "raised", "the process died (exit code 3)"),
+        ("leaves", "raised", "the process died (exit code 0)"),
+        ("hangs", "timeout", "no answer within 2 s"),
+    ],
+)
 def test_after_the_end_of_a_process_a_fresh_one_serves(name: str, problem: str, message: str, worker: Worker) -> None:
     outcome = call(worker, name)
     assert (outcome.problem, outcome.message) == (problem, message)

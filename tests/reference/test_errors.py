@@ -13,8 +13,12 @@ def test_an_error_says_what_where_and_what_to_do(kind: type[DetoracleError]) -> 
     assert str(error) == "yolox.assign: gt_boxes: expected a, got b. Do this."
     assert str(kind("gt_boxes", expected="a", got="b")) == "gt_boxes: expected a, got b."
     assert (error.what, error.expected, error.got, error.where, error.fix) == (
-        "gt_boxes", "a", "b", "yolox.assign", "Do this.",
-    )  # fmt: skip
+        "gt_boxes",
+        "a",
+        "b",
+        "yolox.assign",
+        "Do this.",
+    )
 
 
 @pytest.mark.parametrize("kind", [DetoracleError, InputError, UpstreamRaises])

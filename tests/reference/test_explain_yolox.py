@@ -13,11 +13,12 @@ from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.random_scenes import random_scenes
 from detoracle.properties.yolox import native
 from detoracle.reference import yolox
+from detoracle.reference.boxes import iou_yolox
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain import yolox as explain
 
 FLAVOURS = tuple(yolox.FLAVOURS)
-SCENES = {s.name: s for s in (*edge_cases(), *random_scenes(12, seed=5)) if s.max_gts < 100}
+SCENES = {s.name: s for s in (*edge_cases(), *random_scenes(12, seed=5)) if s.max_gts < 20}
 
 
 def on_grid(
@@ -30,10 +31,13 @@ def on_grid(
     raw[:, 2:4] += torch.tensor(side / stride).log()
     _, points, strides = yolox.anchor_grid([(size // stride,) * 2], [stride], like=boxes)
     return {
-        "predictions": yolox.decode([raw], [stride]), "anchor_points": points, "anchor_strides": strides,
-        "gt_boxes": boxes, "gt_labels": torch.zeros(boxes.shape[:2], dtype=torch.int64),
+        "predictions": yolox.decode([raw], [stride]),
+        "anchor_points": points,
+        "anchor_strides": strides,
+        "gt_boxes": boxes,
+        "gt_labels": torch.zeros(boxes.shape[:2], dtype=torch.int64),
         "gt_valid": torch.ones(boxes.shape[:2], dtype=torch.bool) if valid is None else valid,
-    }  # fmt: skip
+    }
 
 
 def calls() -> Iterator[dict[str, Any]]:
@@ -45,9 +49,12 @@ def calls() -> Iterator[dict[str, Any]]:
         ground_truths = {name: given[name] for name in ("gt_boxes", "gt_labels", "gt_valid")}
         for flavour in FLAVOURS:
             yield {
-                "predictions": predictions, "anchor_points": points, "anchor_strides": strides, **ground_truths,
+                "predictions": predictions,
+                "anchor_points": points,
+                "anchor_strides": strides,
+                **ground_truths,
                 "flavour": flavour,
-            }  # fmt: skip
+            }
 
 
 def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -79,12 +86,12 @@ def test_the_oracle_in_float32_and_in_float64_is_always_admitted() -> None:
 
 def test_of_generic_scenes_hardly_anything_is_ambiguous() -> None:
     positives = ambiguous = 0
-    for scene in random_scenes(30, seed=2):
+    for scene in random_scenes(15, seed=2):
         given = native(scene)
         explanation = explain.explain_loss(**given)
         positives += int((explanation.gt_index >= 0).sum())
         ambiguous += int(explanation.ambiguous.sum())
-    assert positives > 300
+    assert positives > 150
     assert ambiguous <= positives // 100
 
 
@@ -108,7 +115,9 @@ def test_a_whole_column_of_anchors_that_rounding_moves_together_is_admitted() ->
     column = arguments["anchor_points"][:, 0] == 36
     arguments["predictions"][0, column, :4] = torch.tensor([centre, 66.0, 8, 180])
     # Only those in the column overlap well; there are too many to try them in all combinations.
-    near, _ = explain.explain_candidates(*(arguments[n] for n in ("anchor_points", "anchor_strides", "gt_boxes", "gt_valid")))
+    near, _ = explain.explain_candidates(
+        *(arguments[n] for n in ("anchor_points", "anchor_strides", "gt_boxes", "gt_valid"))
+    )
     inside = yolox.candidates(*(arguments[n] for n in ("anchor_points", "anchor_strides", "gt_boxes", "gt_valid")))[0]
     assert near.ambiguous[0].sum() > 4
     assert (near.ambiguous[0] <= column).all()
@@ -169,20 +178,23 @@ def test_quality_follows_the_assignment_that_is_given() -> None:
     given = explanation.gt_index.clone()
     anchor = int((given[0] == 0).nonzero()[0])
     given[0, anchor] = 1
-    expected = yolox.iou_yolox(arguments["gt_boxes"][0, 1:].double(), arguments["predictions"][0, :, :4].double())
+    expected = iou_yolox(arguments["gt_boxes"][0, 1:].double(), arguments["predictions"][0, :, :4].double())
     assert explanation.quality(given).value[0, anchor] == expected[0, anchor]
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_bounded_loss_holds_the_float32_loss_and_is_sharp(flavour: str) -> None:
-    for scene in random_scenes(8, seed=3):
+    for scene in random_scenes(4, seed=3):
         given = native(scene)
         parts = yolox.loss(**given, flavour=flavour, use_l1=True)
         matched = yolox.assign(
             yolox.decode(given["raw"], given["strides"]),
             *yolox.anchor_grid([tuple(m.shape[2:]) for m in given["raw"]], given["strides"], like=given["raw"][0])[1:],
-            given["gt_boxes"], given["gt_labels"], given["gt_valid"], flavour=flavour,
-        ).gt_index  # fmt: skip
+            given["gt_boxes"],
+            given["gt_labels"],
+            given["gt_valid"],
+            flavour=flavour,
+        ).gt_index
         bounded = explain.loss_given(matched, **given, flavour=flavour, use_l1=True)
         assert list(bounded) == list(parts)
         for name, part in parts.items():

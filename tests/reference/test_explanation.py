@@ -1,4 +1,4 @@
-"""Worlds against brute force: every way in which tiny matrices can be rounded is admitted, and impossible ones are not."""
+"""Worlds against brute force: every way tiny matrices can be rounded is admitted, and impossible ones are not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def outcomes_by_force(rows: Rows, ks: list[tuple[int, int]]) -> set[tuple[int, .
         cost = [flat[g * len(anchors) : (g + 1) * len(anchors)] for g in gts]
         for order in itertools.permutations(anchors):
             for number in itertools.product(*(range(low, high + 1) for low, high in ks)):
-                claims = [sorted(order, key=lambda a, row=row: row[a])[:k] for row, k in zip(cost, number, strict=True)]
+                claims = [sorted(order, key=row.__getitem__)[:k] for row, k in zip(cost, number, strict=True)]
                 outcome = []
                 for a in anchors:
                     claimants = [g for g in gts if a in claims[g]]

@@ -22,60 +22,121 @@ floats = st.floats(-1e4, 1e4, width=32)
 triples = st.lists(floats, min_size=3, max_size=3).map(torch.tensor)
 
 
-def exact(values: Any, dtype: torch.dtype = torch.float32) -> Bounded:
+def exact(values: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A tensor without error; Any, for it goes where PyTorch declares tensors."""
     return Bounded.exact(torch.as_tensor(values), dtype)
 
 
 def held(given_: Tensor, bounded: Bounded) -> bool:
     given_ = given_.double()
-    return bool((((given_ - bounded.value).abs() <= bounded.error) | (given_ == bounded.value) | bounded.error.isinf()).all())
+    return bool(
+        (((given_ - bounded.value).abs() <= bounded.error) | (given_ == bounded.value) | bounded.error.isinf()).all()
+    )
 
 
 # ---------------------------------------------------------------------------------------------- rule by rule
 ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,
-    "true_divide": torch.true_divide, "neg": lambda a, b: -a, "abs": lambda a, b: a.abs(), "square": lambda a, b: torch.square(a),
-    "pow": lambda a, b: a.abs() ** 1.5, "rpow": lambda a, b: 2.0 ** (a / 50), "exp": lambda a, b: torch.exp(a / 8),
-    "log": lambda a, b: torch.log(a.abs()), "log1p": lambda a, b: torch.log1p(a.abs()), "sqrt": lambda a, b: torch.sqrt(a.abs()),
-    "sigmoid": lambda a, b: torch.sigmoid(a), "atan": lambda a, b: torch.atan(a), "softplus": lambda a, b: F.softplus(a),
-    "clamp": lambda a, b: torch.clamp(a, min=-1.1, max=2.3), "clamp_min": lambda a, b: a.clamp_min(0.5),
-    "clamp_max": lambda a, b: a.clamp_max(0.5), "softmax": lambda a, b: torch.softmax(a, dim=0),
-    "log_softmax": lambda a, b: torch.log_softmax(a, dim=0), "sum": lambda a, b: a.sum(0), "mean": lambda a, b: a.mean(0),
-    "prod": lambda a, b: (a / 100).prod(0), "where": lambda a, b: torch.where(torch.tensor(True), a, b),
-    "maximum": torch.maximum, "minimum": torch.minimum, "amax": lambda a, b: a.amax(0), "amin": lambda a, b: a.amin(0),
-    "binary_cross_entropy_with_logits": lambda a, b: F.binary_cross_entropy_with_logits(a, b.sigmoid(), reduction="none"),
-    "binary_cross_entropy": lambda a, b: F.binary_cross_entropy(a.sigmoid(), torch.tensor([1.0, 0.0, 1.0, 0.0]), reduction="none"),
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "true_divide": torch.true_divide,
+    "neg": lambda a, b: -a,
+    "abs": lambda a, b: a.abs(),
+    "square": lambda a, b: torch.square(a),
+    "pow": lambda a, b: a.abs() ** 1.5,
+    "rpow": lambda a, b: 2.0 ** (a / 50),
+    "exp": lambda a, b: torch.exp(a / 8),
+    "log": lambda a, b: torch.log(a.abs()),
+    "log1p": lambda a, b: torch.log1p(a.abs()),
+    "sqrt": lambda a, b: torch.sqrt(a.abs()),
+    "sigmoid": lambda a, b: torch.sigmoid(a),
+    "atan": lambda a, b: torch.atan(a),
+    "softplus": lambda a, b: F.softplus(a),
+    "clamp": lambda a, b: torch.clamp(a, min=-1.1, max=2.3),
+    "clamp_min": lambda a, b: a.clamp_min(0.5),
+    "clamp_max": lambda a, b: a.clamp_max(0.5),
+    "softmax": lambda a, b: torch.softmax(a, dim=0),
+    "log_softmax": lambda a, b: torch.log_softmax(a, dim=0),
+    "sum": lambda a, b: a.sum(0),
+    "mean": lambda a, b: a.mean(0),
+    "prod": lambda a, b: (a / 100).prod(0),
+    "where": lambda a, b: torch.where(torch.tensor(True), a, b),
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "amax": lambda a, b: a.amax(0),
+    "amin": lambda a, b: a.amin(0),
+    "binary_cross_entropy_with_logits": lambda a, b: F.binary_cross_entropy_with_logits(
+        a, b.sigmoid(), reduction="none"
+    ),
+    "binary_cross_entropy": lambda a, b: F.binary_cross_entropy(
+        a.sigmoid(), torch.tensor([1.0, 0.0, 1.0, 0.0]), reduction="none"
+    ),
     "cross_entropy": lambda a, b: F.cross_entropy(a[None], torch.tensor([1]), reduction="none"),
     "smooth_l1_loss": lambda a, b: F.smooth_l1_loss(a, b, reduction="none"),
-}  # fmt: skip
+}
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
-    "gt": lambda a, b: a > b, "lt": lambda a, b: a < b, "ge": lambda a, b: a >= b, "le": lambda a, b: a <= b,
-}  # fmt: skip
+    "gt": lambda a, b: a > b,
+    "lt": lambda a, b: a < b,
+    "ge": lambda a, b: a >= b,
+    "le": lambda a, b: a <= b,
+}
 LOGIC: dict[str, Callable[[Any, Any], Any]] = {
-    "logical_and": lambda p, q: p & q, "logical_or": lambda p, q: p | q, "logical_not": lambda p, q: ~p,
-    "bitwise_and": torch.bitwise_and, "bitwise_or": torch.bitwise_or, "bitwise_not": lambda p, q: torch.bitwise_not(p),
-    "all": lambda p, q: torch.stack([p, q]).all(0), "any": lambda p, q: torch.stack([p, q]).any(0),
-}  # fmt: skip
+    "logical_and": lambda p, q: p & q,
+    "logical_or": lambda p, q: p | q,
+    "logical_not": lambda p, q: ~p,
+    "bitwise_and": torch.bitwise_and,
+    "bitwise_or": torch.bitwise_or,
+    "bitwise_not": lambda p, q: torch.bitwise_not(p),
+    "all": lambda p, q: torch.stack([p, q]).all(0),
+    "any": lambda p, q: torch.stack([p, q]).any(0),
+}
 STRUCTURE: dict[str, Callable[[Any], Any]] = {
-    "reshape": lambda x: x.reshape(3, 2), "view": lambda x: x.view(6), "flatten": lambda x: x.flatten(),
-    "permute": lambda x: x.permute(1, 0), "transpose": lambda x: x.transpose(0, 1), "unsqueeze": lambda x: x.unsqueeze(1),
-    "squeeze": lambda x: x[:1].squeeze(0), "expand": lambda x: x[:, :1].expand(2, 3), "select": lambda x: x.select(1, 2),
-    "narrow": lambda x: x.narrow(1, 1, 2), "index_select": lambda x: x.index_select(1, torch.tensor([2, 0])),
-    "gather": lambda x: x.gather(1, torch.tensor([[2], [1]])), "contiguous": lambda x: x.contiguous(),
-    "clone": lambda x: x.clone(), "movedim": lambda x: x.movedim(0, 1), "t": lambda x: x.t(),
-    "repeat_interleave": lambda x: x.repeat_interleave(2, dim=0), "expand_as": lambda x: x[:, :1].expand_as(torch.zeros(2, 3)),
-    "masked_select": lambda x: x.masked_select(torch.tensor([True, False, True])), "__getitem__": lambda x: x[:, [2, 0]],
-    "cat": lambda x: torch.cat([x, x], dim=1), "stack": lambda x: torch.stack([x, x], dim=2),
-    "unbind": lambda x: torch.unbind(x, 1)[1], "split": lambda x: x.split([1, 2], dim=1)[1],
-    "split_with_sizes": lambda x: torch.split_with_sizes(x, [2, 1], dim=1)[0], "detach": lambda x: x.detach(),
-    "double": lambda x: x.double(), "to": lambda x: x.to(torch.float64),
-}  # fmt: skip
+    "reshape": lambda x: x.reshape(3, 2),
+    "view": lambda x: x.view(6),
+    "flatten": lambda x: x.flatten(),
+    "permute": lambda x: x.permute(1, 0),
+    "transpose": lambda x: x.transpose(0, 1),
+    "unsqueeze": lambda x: x.unsqueeze(1),
+    "squeeze": lambda x: x[:1].squeeze(0),
+    "expand": lambda x: x[:, :1].expand(2, 3),
+    "select": lambda x: x.select(1, 2),
+    "narrow": lambda x: x.narrow(1, 1, 2),
+    "index_select": lambda x: x.index_select(1, torch.tensor([2, 0])),
+    "gather": lambda x: x.gather(1, torch.tensor([[2], [1]])),
+    "contiguous": lambda x: x.contiguous(),
+    "clone": lambda x: x.clone(),
+    "movedim": lambda x: x.movedim(0, 1),
+    "t": lambda x: x.t(),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, dim=0),
+    "expand_as": lambda x: x[:, :1].expand_as(torch.zeros(2, 3)),
+    "masked_select": lambda x: x.masked_select(torch.tensor([True, False, True])),
+    "__getitem__": lambda x: x[:, [2, 0]],
+    "cat": lambda x: torch.cat([x, x], dim=1),
+    "stack": lambda x: torch.stack([x, x], dim=2),
+    "unbind": lambda x: torch.unbind(x, 1)[1],
+    "split": lambda x: x.split([1, 2], dim=1)[1],
+    "split_with_sizes": lambda x: torch.split_with_sizes(x, [2, 1], dim=1)[0],
+    "detach": lambda x: x.detach(),
+    "double": lambda x: x.double(),
+    "to": lambda x: x.to(torch.float64),
+}
 PLAIN: dict[str, Callable[[Any], Any]] = {
-    "zeros_like": torch.zeros_like, "ones_like": torch.ones_like, "full_like": lambda x: torch.full_like(x, 2),
-    "new_zeros": lambda x: x.new_zeros(2), "new_full": lambda x: x.new_full((2,), 7.0), "numel": lambda x: x.numel(),
-    "size": lambda x: x.size(1), "dim": lambda x: x.dim(), "isnan": torch.isnan, "isfinite": torch.isfinite,
-    "isinf": torch.isinf, "floor": torch.floor, "long": lambda x: x.long(), "new_tensor": lambda x: x.new_tensor([0.25]),
-}  # fmt: skip
+    "zeros_like": torch.zeros_like,
+    "ones_like": torch.ones_like,
+    "full_like": lambda x: torch.full_like(x, 2),
+    "new_zeros": lambda x: x.new_zeros(2),
+    "new_full": lambda x: x.new_full((2,), 7.0),
+    "numel": lambda x: x.numel(),
+    "size": lambda x: x.size(1),
+    "dim": lambda x: x.dim(),
+    "isnan": torch.isnan,
+    "isfinite": torch.isfinite,
+    "isinf": torch.isinf,
+    "floor": torch.floor,
+    "long": lambda x: x.long(),
+    "new_tensor": lambda x: x.new_tensor([0.25]),
+}
 
 
 def test_every_rule_is_tested() -> None:
@@ -181,13 +242,21 @@ def test_a_sum_holds_in_every_order(values: list[float]) -> None:
 
 def test_a_sum_whose_partial_sums_do_not_fit_is_not_exact() -> None:
     x = torch.tensor([2.0**25, 1.0, -(2.0**25)])
-    assert ((x[0] + x[1]) + x[2], (x[0] + x[2]) + x[1]) == (0, 1)
+    assert [((x[0] + x[1]) + x[2]).item(), ((x[0] + x[2]) + x[1]).item()] == [0, 1]
     assert held(torch.tensor(0.0), exact(x).sum(0))
 
 
 def test_bounds_are_a_few_units() -> None:
     x = exact(torch.tensor([0.1, 0.7, 3.3]))
-    for result, units in ((x / 3, 1), (x * x, 1), (x.sum(0), 3), (x.exp(), 2), (x.log(), 2), (x.sigmoid(), 4), (x.sqrt(), 2)):
+    for result, units in (
+        (x / 3, 1),
+        (x * x, 1),
+        (x.sum(0), 3),
+        (x.exp(), 2),
+        (x.log(), 2),
+        (x.sigmoid(), 4),
+        (x.sqrt(), 2),
+    ):
         assert (result.error <= units * UNIT * result.value.abs().clamp(min=x.value.abs().amin())).all()
 
 
@@ -210,9 +279,12 @@ def test_underflow_may_be_flushed_or_kept() -> None:
 
 
 def test_saturated_probabilities_are_exact_and_their_logarithms_clamped() -> None:
+    one: Any
+    zero: Any
     one, zero = (torch.sigmoid(exact(torch.tensor([x]))) for x in (200.0, -200.0))
     assert (one.value.item(), one.error.item()) == (1, 0)
-    for p in (torch.sqrt(one * one), torch.sqrt(zero * zero)):
+    probabilities: list[Any] = [torch.sqrt(one * one), torch.sqrt(zero * zero)]
+    for p in probabilities:
         for log in (log_at_least(p, -100.0), log_at_least(-p, -100.0, torch.log1p)):
             assert log.value.item() == pytest.approx(-100 if log.value.item() < -50 else 0, abs=UNIT)
             assert log.error.item() <= UNIT
@@ -236,8 +308,8 @@ def test_nan_is_certain_of_zero_by_zero_and_unknown_otherwise() -> None:
 
 
 def test_an_ambiguous_choice_covers_both_branches() -> None:
-    decision = Decision(torch.tensor([True, True]), torch.tensor([0.5, 2.0]).double())
-    chosen = torch.where(decision, exact(torch.tensor([1.0, 1.0])), exact(torch.tensor([4.0, 4.0])))
+    decision: Any = Decision(torch.tensor([True, True]), torch.tensor([0.5, 2.0]).double())
+    chosen: Any = torch.where(decision, exact(torch.tensor([1.0, 1.0])), exact(torch.tensor([4.0, 4.0])))
     assert (chosen.value.tolist(), chosen.error.tolist()) == ([1, 1], [3, 0])
     assert known(decision).tolist() == [True, True]
 

@@ -253,7 +253,7 @@ def test_priors_that_take_no_part_are_ignored() -> None:
 @pytest.mark.parametrize("gts", [[], [[900.0, 900.0, 916.0, 916.0]], [[8.0, 8.0, 16.0, 16.0]]])
 def test_without_a_candidate_all_is_background(gts: list[list[float]]) -> None:
     result = rtmdet.assign(**scene(gts))
-    assert result.gt_index.unique().tolist() == [-1]
+    assert torch.equal(result.gt_index, torch.full((1, 64), -1))
     assert not result.quality.any()
     assert not result.extra["max_overlaps"].any()
     assert not result.extra["dynamic_k"].any()
@@ -262,7 +262,7 @@ def test_without_a_candidate_all_is_background(gts: list[list[float]]) -> None:
 def test_stored_overlaps_of_unmatched_priors() -> None:
     result = rtmdet.assign(**scene([[17.0, 17.0, 31.0, 31.0]]))
     unmatched = result.gt_index != 0
-    assert result.extra["max_overlaps"][unmatched].unique().tolist() == [-1e8]
+    assert set(result.extra["max_overlaps"][unmatched].tolist()) == {-1e8}
     assert torch.equal(result.extra["max_overlaps"][~unmatched], result.quality[~unmatched])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detoracle.properties.golden.checks import gradient, within
-from detoracle.properties.golden.rtmdet import _arguments
+from detoracle.properties.golden.rtmdet_losses import arguments_of_loss
 from detoracle.properties.golden.vectors import read_vectors
 from detoracle.reference import rtmdet_loss
 from detoracle.reference.explain.rtmdet import explain_loss, levels_given, loss_given
@@ -25,7 +25,7 @@ Batch = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def full() -> Batch:
-    return _arguments(SCENES["random-b2_0"])
+    return arguments_of_loss(SCENES["random-b2_0"])
 
 
 def without_ground_truths(batch: Batch) -> Batch:
@@ -71,7 +71,7 @@ def assert_trained_with(batch: Batch, result: Batch, factors: tuple[float, float
 
 
 def test_a_group_equals_the_recorded_one(tmp_path: Path) -> None:
-    batches = [_arguments(scene) for scene in GROUP]
+    batches = [arguments_of_loss(scene) for scene in GROUP]
     for scene, batch, result in zip(GROUP, batches, ran_together(tmp_path, batches), strict=True):
         factors = (float(scene.tensor("out/cls_avg_factor")), float(scene.tensor("out/bbox_avg_factor")))
         assert_trained_with(batch, result, factors)

@@ -95,8 +95,8 @@ def test_csv_columns_are_the_fields_and_numbers_stay_numbers(tmp_path: Path) -> 
     )
     assert list(rows.columns) == [field.name for field in fields(Row)]
     assert list(measurements.columns) == [field.name for field in fields(Measurement)]
-    assert Row(**rows.to_dict("records")[0]) == ROW
-    assert Measurement(**measurements.to_dict("records")[0]) == MEASUREMENT
+    assert Row(*next(rows.itertuples(index=False, name=None))) == ROW
+    assert Measurement(*next(measurements.itertuples(index=False, name=None))) == MEASUREMENT
 
 
 def test_tables_have_a_header_without_a_row(tmp_path: Path) -> None:
