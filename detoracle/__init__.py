@@ -1,7 +1,7 @@
 """Test oracles for the label assignment and training losses of object detectors.
 
-The rooms: `detoracle.reference` (what is right), `detoracle.implementations` (what is fast), `detoracle.properties` (what must
-hold) and `detoracle.reports` (what is shown). The command line is ``detoracle --help``.
+The rooms: `detoracle.reference` (what is right), `detoracle.implementations` (what is fast), `detoracle.properties`
+(what must hold) and `detoracle.reports` (what is shown). The command line is ``detoracle --help``.
 """
 
 from __future__ import annotations

@@ -11,7 +11,14 @@ from torch import Tensor
 from detoracle.properties.predictors import predict
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import Canvas, System
-from detoracle.reference import anchor_head, anchor_head_boxes, anchor_head_loss, anchor_head_ssd, anchor_head_terms, boxes
+from detoracle.reference import (
+    anchor_head,
+    anchor_head_boxes,
+    anchor_head_loss,
+    anchor_head_ssd,
+    anchor_head_terms,
+    boxes,
+)
 from detoracle.reference.contract import operations_in
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain import anchor_head as explain
@@ -99,7 +106,7 @@ def native(scene: Scene) -> dict[str, Any]:
 
 def _maps(flat: Tensor, sizes: tuple[tuple[int, int], ...], per_cell: int) -> list[Tensor]:
     """(B, A, N) to a map (B, K*N, H, W) a level, the channels anchor-major."""
-    levels = flat.split([h * w * per_cell for h, w in sizes], dim=1)
+    levels = torch.split(flat, [h * w * per_cell for h, w in sizes], dim=1)
     return [
         level.reshape(len(flat), h, w, -1).permute(0, 3, 1, 2).contiguous()
         for level, (h, w) in zip(levels, sizes, strict=True)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from detoracle.properties.bounds import VALUE_FACTOR, outside
 from detoracle.properties.gradients import RightGradient, right_gradients
-from detoracle.properties.outputs import Outcome, listed, perform
+from detoracle.properties.outputs import Outcome, listed
 from detoracle.properties.systems import System
-from detoracle.reference.contract import Operation, returns_of
+from detoracle.reference.contract import Operation, returns_of, unchecked
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain.explanation import Explanation
 from detoracle.reference.rounding import Bounded, Decision
@@ -61,8 +61,9 @@ class Verdict:
     Attributes
     ----------
     status : str
-        ``equal``; ``ambiguous`` (right, but not the float64 oracle's choice); ``different``; ``raised``; ``mutated-input``;
-        ``timeout``; ``undefined`` (the oracle itself raises a named behaviour here, and nothing is asked).
+        ``equal``; ``ambiguous`` (right, but not the float64 oracle's choice); ``different``; ``raised``;
+        ``mutated-input``; ``timeout``; ``undefined`` (the oracle itself raises a named behaviour here, and nothing is
+        asked).
     findings : tuple of Finding
         What is wrong; empty unless the status is a finding.
     note : str
@@ -195,7 +196,7 @@ def _bounded_call(operation: Operation, arguments: Mapping[str, Any], dtype: tor
             return [bounded(v) for v in value]
         return Bounded.exact(value, dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    private = operation.oracle.__wrapped__  # type: ignore[attr-defined]
+    private = unchecked(operation.oracle)
     return private(**{name: bounded(value) for name, value in arguments.items()})
 
 
@@ -245,9 +246,7 @@ def _compare(clause: str, given: Tensor, want: Any) -> list[Finding]:
     return [Finding(clause, f"at {position}" if position else "", message, int(wrong.sum()))]
 
 
-def _compare_gradients(
-    operation: Operation, outcome: Outcome, expected: Mapping[str, RightGradient]
-) -> list[Finding]:
+def _compare_gradients(operation: Operation, outcome: Outcome, expected: Mapping[str, RightGradient]) -> list[Finding]:
     findings = []
     for name, right in expected.items():
         clause, given = f"{operation.name}[gradient {name}]", outcome.gradients.get(name)
@@ -296,7 +295,8 @@ def _outcome_finding(operation: Operation, explanation: Explanation, given: Tens
     right = {int(w.gt_index[anchor]) for w in explanation.worlds[image]}
     right |= set().union(*(w.choices.get(anchor, frozenset()) for w in explanation.worlds[image]))
     margin = float(explanation.margin[image, anchor])
-    message = f"expected ground truth {' or '.join(map(str, sorted(right)))}, got {int(given[image, anchor])} (margin {margin:.3g})"
+    expected = " or ".join(map(str, sorted(right)))
+    message = f"expected ground truth {expected}, got {int(given[image, anchor])} (margin {margin:.3g})"
     return Finding(f"{operation.name}[outcome]", f"image {image}, anchor {anchor}", message, int(wrong.sum()))
 
 
@@ -304,7 +304,10 @@ def _k_finding(operation: Operation, explanation: Explanation, given: Tensor) ->
     clause, want = f"{operation.name}[dynamic_k]", [worlds[0].k_range for worlds in explanation.worlds]
     counted = next((k_range[0] for k_range in want if k_range is not None), given[:1].flatten())
     if given.shape != (len(want), len(counted)) or given.device != counted.device:
-        expected, got = f"shape {(len(want), len(counted))} on {counted.device}", f"{tuple(given.shape)} on {given.device}"
+        expected, got = (
+            f"shape {(len(want), len(counted))} on {counted.device}",
+            f"{tuple(given.shape)} on {given.device}",
+        )
         return [Finding(clause, "", f"expected {expected}, got {got}")]
     wrong = explanation.wrong_k(given)
     if not wrong.any():
@@ -336,7 +339,7 @@ class _LossJudge:
         self._nth(0)  # a behaviour that the oracle raises is known before anything is judged
 
     def __call__(self, outcome: Outcome) -> Verdict:
-        facts = {
+        facts: dict[str, Any] = {
             "positives": int((self._explanation.gt_index >= 0).sum()),
             "ambiguous": int(self._explanation.ambiguous.sum()),
         }

@@ -1,7 +1,8 @@
 """What a right gradient is: the oracle's in float64, and how far rounding may take it from there.
 
-The bound is measured, not guessed: by the error that the plain oracle makes in the dtype under test, and by how much the
-float64 gradient moves when every input moves by one rounding. Both are taken at their largest over an anchor's channels.
+The bound is measured, not guessed: by the error that the plain oracle makes in the dtype under test, and by how much
+the float64 gradient moves when every input moves by one rounding. Both are taken at their largest over an anchor's
+channels.
 """
 
 from __future__ import annotations

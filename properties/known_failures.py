@@ -78,14 +78,12 @@ def read_known_failures(path: Path) -> tuple[KnownFailure, ...]:
         for name in ("clause", "scene", "reason", "link"):
             if not isinstance(getattr(entry, name), str) or not getattr(entry, name).strip():
                 raise InputError(path.name, expected=f"a text as '{name}'", got=repr(getattr(entry, name)))
-        if not isinstance(entry.expires, datetime.date) or isinstance(entry.expires, datetime.datetime):
+        if type(entry.expires) is not datetime.date:  # TOML has times too, which are dates to isinstance
             raise InputError(path.name, expected="a date as 'expires', like 2027-01-31", got=repr(entry.expires))
     return entries
 
 
-def problems(
-    entries: tuple[KnownFailure, ...], failures: list[tuple[str, str]], today: datetime.date
-) -> list[str]:
+def problems(entries: tuple[KnownFailure, ...], failures: list[tuple[str, str]], today: datetime.date) -> list[str]:
     """Say which entries are out of date or match nothing.
 
     Parameters

@@ -212,7 +212,7 @@ def _fields(record: Any) -> dict[str, Any]:
 
 
 def _check_output(output: Argument, value: Any) -> None:
-    shape, kind, is_list = output.tensor or ((), "float", False)
+    shape, kind, _ = output.tensor or ((), "float", False)
     if not isinstance(value, Tensor):
         raise InputError(output.name, expected=output.type, got=type(value).__name__, where="output")
     right = {

@@ -58,7 +58,7 @@ def native(scene: Scene) -> dict[str, Any]:
 
 def _maps(flat: Tensor, sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:
     """(B, A, N) to a map (B, N, H, W) a level."""
-    levels = flat.split([h * w for h, w in sizes], dim=1)
+    levels = torch.split(flat, [h * w for h, w in sizes], dim=1)
     return [
         level.permute(0, 2, 1).reshape(len(flat), -1, h, w).contiguous()
         for level, (h, w) in zip(levels, sizes, strict=True)
@@ -143,7 +143,7 @@ def _losses(
     except UpstreamRaises:
         return
     num_classes = logits.shape[2]
-    arguments = {"gt_index": assignment.gt_index, "quality": assignment.quality}
+    arguments: dict[str, Any] = {"gt_index": assignment.gt_index, "quality": assignment.quality}
     arguments |= {name: ground_truths[name] for name in ("gt_boxes", "gt_labels")}
     if operation == "rtmdet.targets":
         for pos_weight in (-1.0, 2.0):
@@ -165,12 +165,14 @@ def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:
     if operation == "rtmdet.assign":
         priors = arguments["priors"]
     elif operation == "rtmdet.loss":
-        priors = rtmdet.priors(_sizes(arguments["distances"]), arguments["strides"], like=arguments["gt_boxes"].new_zeros(()))
+        priors = rtmdet.priors(
+            _sizes(arguments["distances"]), arguments["strides"], like=arguments["gt_boxes"].new_zeros(())
+        )
     else:
         return None
     height, width = (priors[:, :2] + priors[:, 2:]).amax(0).flip(0).tolist()
-    ground_truths = (arguments[name] for name in ("gt_boxes", "gt_labels", "gt_valid"))
-    return Canvas((height, width), *ground_truths, priors[:, :2], priors[:, 2])
+    ground_truths = {name: arguments[name] for name in ("gt_boxes", "gt_labels", "gt_valid")}
+    return Canvas((height, width), **ground_truths, anchor_points=priors[:, :2], anchor_strides=priors[:, 2])
 
 
 SYSTEM = System(

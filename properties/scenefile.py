@@ -1,7 +1,7 @@
 """A failing scene in one file: the operation, its exact arguments, and what went wrong.
 
-Floats are written as hexadecimal, so that the file replays bit for bit and reads the same on any machine; keys are sorted, so
-that the same scene gives the same bytes.
+Floats are written as hexadecimal, so that the file replays bit for bit and reads the same on any machine; keys are
+sorted, so that the same scene gives the same bytes.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def write_atomically(path: Path, text: str) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
                 file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink()
             raise
     except OSError as error:
         raise InputError(
@@ -160,4 +160,8 @@ def _decode(value: Any) -> Any:
         return float.fromhex(value["float"])
     dtype = _DTYPES[value["tensor"]]
     numbers = [float.fromhex(x) if isinstance(x, str) else x for x in value["values"]]
-    return torch.tensor(numbers, dtype=torch.float64 if dtype.is_floating_point else torch.int64).to(dtype).reshape(value["shape"])
+    return (
+        torch.tensor(numbers, dtype=torch.float64 if dtype.is_floating_point else torch.int64)
+        .to(dtype)
+        .reshape(value["shape"])
+    )

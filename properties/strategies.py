@@ -1,7 +1,8 @@
 """Hypothesis strategies for scenes, as a published API.
 
-They draw structure (how many images, where boxes lie, on a grid of a quarter pixel) and seeds, not thousands of floats, so that a
-failure shrinks to few images and boxes. Every argument is keyword-only; errors come when something is drawn, not at import.
+They draw structure (how many images, where boxes lie, on a grid of a quarter pixel) and seeds, not thousands of floats,
+so that a failure shrinks to few images and boxes. Every argument is keyword-only; errors come when something is drawn,
+not at import.
 
 >>> from hypothesis import given, settings
 >>> @settings(max_examples=5, database=None, derandomize=True)
@@ -108,9 +109,7 @@ def conflicting_anchors(*, size: int = 64, max_gts: int = 6) -> st.SearchStrateg
     point = st.integers(size // 4, 3 * size // 4)
     half = st.integers(_GRID, size // 2 * _GRID).map(lambda steps: steps / _GRID)
     halves = st.lists(st.tuples(half, half), min_size=2, max_size=max_gts)
-    return st.builds(
-        lambda x, y, sides: [(x - w, y - h, x + w, y + h) for w, h in sides], point, point, halves
-    )
+    return st.builds(lambda x, y, sides: [(x - w, y - h, x + w, y + h) for w, h in sides], point, point, halves)
 
 
 def anchors_on_edges(*, size: int = 64, stride: int = 8) -> st.SearchStrategy[Boxes]:
@@ -159,7 +158,9 @@ def degenerate_boxes(*, size: int = 64) -> st.SearchStrategy[Boxes]:
 
     ways = st.sampled_from(["no width", "no height", "point", "swapped", "swapped twice", "outside"])
     spoilt = st.builds(spoil, _box(size), ways)
-    return st.builds(lambda bad, good: [*bad, *good], st.lists(spoilt, min_size=1, max_size=2), ground_truths(max_gts=2))
+    return st.builds(
+        lambda bad, good: [*bad, *good], st.lists(spoilt, min_size=1, max_size=2), ground_truths(max_gts=2)
+    )
 
 
 def predictions() -> st.SearchStrategy[Predictor]:
@@ -181,7 +182,9 @@ def predictions() -> st.SearchStrategy[Predictor]:
         st.just(Predictor("first-only")),
         st.builds(lambda matches: Predictor("perfect", matches=matches), st.integers(1, 4)),
         st.just(Predictor("equal")),
-        st.builds(lambda magnitude: Predictor("extreme-logits", magnitude=magnitude), st.sampled_from([20.0, 60.0, 200.0])),
+        st.builds(
+            lambda magnitude: Predictor("extreme-logits", magnitude=magnitude), st.sampled_from([20.0, 60.0, 200.0])
+        ),
     )
 
 
@@ -242,7 +245,9 @@ def integer_k_boundary(*, max_images: int = 2) -> st.SearchStrategy[Scene]:
     SearchStrategy of Scene
     """
     perfect = st.builds(lambda matches: Predictor("perfect", matches=matches), st.integers(1, 5))
-    return batches(images=st.lists(_box(64, 8 * _GRID), min_size=1, max_size=3), predictors=perfect, max_images=max_images)
+    return batches(
+        images=st.lists(_box(64, 8 * _GRID), min_size=1, max_size=3), predictors=perfect, max_images=max_images
+    )
 
 
 def scenes(*, max_images: int = 3) -> st.SearchStrategy[Scene]:

@@ -61,14 +61,15 @@ class System:
     arguments : callable
         Operation name and native input to the argument sets to call it with, by a short name of the setting.
     explain : mapping of str to callable
-        Per operation: same arguments plus ``dtype``; returns an `Explanation` for an assignment and a loss, and bounded outputs
-        otherwise. An operation of kind ``values`` without one runs its oracle on bounded inputs.
+        Per operation: same arguments plus ``dtype``; returns an `Explanation` for an assignment and a loss, and bounded
+        outputs otherwise. An operation of kind ``values`` without one runs its oracle on bounded inputs.
     loss_given : mapping of str to callable
         Per loss: its value for a given assignment.
     canvas : callable
         Operation name and arguments to what a picture of them shows, or None if they have no image.
     safe : callable
-        Where the oracle raises a named behaviour: arguments whose result a safe implementation may return instead, or None.
+        Where the oracle raises a named behaviour: arguments whose result a safe implementation may return instead, or
+        None.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """Run a stranger's callable in a process of its own: whatever it does, the run goes on.
 
-The child imports the callable and answers one call after the other; the parent waits for each answer only so long.
-A child that hangs is killed (verdict ``timeout``), one that dies is reported (``raised``), and a fresh one serves the next call.
+The child imports the callable and answers one call after the other; the parent waits for each answer only so long. A
+child that hangs is killed (verdict ``timeout``), one that dies is reported (``raised``), and a fresh one serves the
+next call.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from detoracle.reference.errors import DetoracleError
 
 __all__ = ["Worker"]
 
-_IMPORT_LIMIT = 120.0  # seconds for starting the process, and for importing a callable, neither of which is part of a call
+_IMPORT_LIMIT = 120.0  # seconds for starting the process, and for importing a callable; neither is part of a call
 
 
 class Worker:
@@ -40,7 +41,8 @@ class Worker:
     >>> from detoracle.reference import boxes
     >>> pair = {"boxes_a": torch.ones(1, 4), "boxes_b": torch.ones(1, 4), "form": "cxcywh"}
     >>> with Worker(time_limit=60) as worker:
-    ...     worker.perform(boxes.iou_yolox.operation, "detoracle.reference.boxes:iou_yolox", pair).outputs["iou"].tolist()
+    ...     outcome = worker.perform(boxes.iou_yolox.operation, "detoracle.reference.boxes:iou_yolox", pair)
+    >>> outcome.outputs["iou"].tolist()
     [[1.0]]
     """
 
@@ -55,7 +57,9 @@ class Worker:
         self._start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End the process."""
         self._stop()
 
@@ -132,7 +136,9 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, torch.get_num_threads(), list(sys.path)), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, torch.get_num_threads(), list(sys.path)), daemon=True
+        )
         self._process.start()
         theirs.close()
 

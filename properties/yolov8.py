@@ -52,7 +52,7 @@ def native(scene: Scene) -> dict[str, Any]:
     predicted = predict(scene, points * per_anchor, strides)
     sides = (predicted.boxes / per_anchor - points.repeat(1, 2)) * points.new_tensor([-1, -1, 1, 1])
     flat = torch.cat([_bins(sides).flatten(2), predicted.class_logits], dim=-1)
-    levels = flat.split([h * w for h, w in sizes], dim=1)
+    levels = torch.split(flat, [h * w for h, w in sizes], dim=1)
     raw = [
         level.permute(0, 2, 1).reshape(len(flat), -1, h, w).contiguous()
         for level, (h, w) in zip(levels, sizes, strict=True)
@@ -77,7 +77,10 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         yield from _flat_targets(given)
     elif operation == "yolov8.loss":
         yield "", {"raw": raw, "strides": strides, **ground_truths}
-        yield "no DFL", {"raw": [_without_bins(level) for level in raw], "strides": strides, **ground_truths, "reg_max": 1}
+        yield (
+            "no DFL",
+            {"raw": [_without_bins(level) for level in raw], "strides": strides, **ground_truths, "reg_max": 1},
+        )
     else:
         yield from _on_anchors(operation, raw, strides, ground_truths)
 
@@ -89,7 +92,10 @@ def _flat_targets(given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
     scale = given["gt_boxes"].new_tensor([width, height, width, height])
     shares = boxes.xyxy_to_cxcywh(given["gt_boxes"][image, row]) / scale
     labels, size = given["gt_labels"][image, row], given["image_size"]
-    for name, order in (("sorted", slice(None)), ("reversed", torch.arange(len(image) - 1, -1, -1, device=image.device))):
+    for name, order in (
+        ("sorted", slice(None)),
+        ("reversed", torch.arange(len(image) - 1, -1, -1, device=image.device)),
+    ):
         flat = {"batch_index": image[order], "labels": labels[order], "boxes": shares[order]}
         yield name, {**flat, "batch_size": len(given["gt_valid"]), "image_size": size}
 
@@ -156,8 +162,8 @@ def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:
     else:
         return None
     height, width = (points + strides[:, None] / 2).amax(0).flip(0).tolist()
-    ground_truths = (arguments[name] for name in ("gt_boxes", "gt_labels", "gt_valid"))
-    return Canvas((height, width), *ground_truths, points, strides)
+    boxes, labels, valid = (arguments[name] for name in ("gt_boxes", "gt_labels", "gt_valid"))
+    return Canvas((height, width), boxes, labels, valid, points, strides)
 
 
 def _safe(behaviour: UpstreamRaises, arguments: dict[str, Any]) -> dict[str, Any] | None:

@@ -56,7 +56,7 @@ def native(scene: Scene) -> dict[str, Any]:
         ],
         dim=-1,
     )
-    levels = flat.split([h * w for h, w in sizes], dim=1)
+    levels = torch.split(flat, [h * w for h, w in sizes], dim=1)
     raw = [
         level.permute(0, 2, 1).reshape(len(flat), -1, h, w).contiguous()
         for level, (h, w) in zip(levels, sizes, strict=True)
@@ -97,7 +97,7 @@ def _later_stage(
     candidate, geometry = yolox.candidates(
         **grid, gt_boxes=ground_truths["gt_boxes"], gt_valid=ground_truths["gt_valid"], flavour=flavour
     )
-    pairs = {"candidate": candidate, "geometry": geometry, "flavour": flavour}
+    pairs: dict[str, Any] = {"candidate": candidate, "geometry": geometry, "flavour": flavour}
     if operation == "yolox.cost":
         yield flavour, {"predictions": predictions, **ground_truths, **pairs}
         return

@@ -191,8 +191,9 @@ def sigmoid_cross_entropy(
     kept = ((labels >= 0) & (labels != ignore_index))[:, None].expand(logits.shape)
     present = _one_hot(labels, logits.shape[1]) & kept
     classes = None if class_weight is None else logits.new_tensor(list(class_weight))
-    loss = F.binary_cross_entropy_with_logits(logits, present.float(), pos_weight=classes, reduction="none")
-    each = kept.float() if weight is None else weight[:, None] * kept
+    target = present.to(torch.promote_types(logits.dtype, torch.float32))  # its dtype is the result's
+    loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=classes, reduction="none")
+    each = kept.to(target.dtype) if weight is None else weight[:, None] * kept
     average = _average(avg_factor, reduction, kept) if avg_non_ignore else avg_factor
     return weighted(loss, each, reduction=reduction, avg_factor=average) * loss_weight
 

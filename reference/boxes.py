@@ -237,7 +237,10 @@ def _product_of_sides(sides: Tensor) -> Tensor:
 
 
 @operation(
-    "boxes.overlaps_mmdet", kind="values", gradients=("boxes_a", "boxes_b"), source="mmdetection 2.28 and 3.x, box overlaps"
+    "boxes.overlaps_mmdet",
+    kind="values",
+    gradients=("boxes_a", "boxes_b"),
+    source="mmdetection 2.28 and 3.x, box overlaps",
 )
 def overlaps_mmdet(
     boxes_a: Tensor, boxes_b: Tensor, *, mode: str = "iou", aligned: bool = False, eps: float = 1e-6
@@ -254,8 +257,8 @@ def overlaps_mmdet(
     boxes_b : Tensor (..., N, 4) float
         xyxy in pixels; the same leading dimensions, and with `aligned` the same number of boxes.
     mode : {"iou", "iof", "giou"}
-        Denominator of the intersection: the union, or for ``iof`` the area of the *first* box. ``giou`` subtracts from the
-        IoU the share of the enclosing box that neither covers.
+        Denominator of the intersection: the union, or for ``iof`` the area of the *first* box. ``giou`` subtracts from
+        the IoU the share of the enclosing box that neither covers.
     aligned : bool
         Row by row instead of every pair.
     eps : float

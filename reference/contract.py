@@ -1,10 +1,11 @@
 """What an operation is: one thing with one right answer, typed by its oracle's own docstring.
 
 The *Parameters* and *Returns* sections of a public oracle function are the machine-readable contract. A line reads
-``name : Tensor (B, A, 5+C) float`` (or ``list of Tensor (...) kind``, ``sequence of int``, ``float``, ``bool``, ``int``,
-``str``, ``{"one", "two"}``, each with ``or None``), so that what people read is what `check_arguments` checks and what ``describe``
-prints. Dimensions are names, numbers or sums; one name has one size throughout a call, but for those that end in a
-lower-case ``l``, which vary from level to level. A leading ``...`` stands for any dimensions, none included.
+``name : Tensor (B, A, 5+C) float`` (or ``list of Tensor (...) kind``, ``sequence of int``, ``float``, ``bool``,
+``int``, ``str``, ``{"one", "two"}``, each with ``or None``), so that what people read is what `check_arguments` checks
+and what ``describe`` prints. Dimensions are names, numbers or sums; one name has one size throughout a call, but for
+those that end in a lower-case ``l``, which vary from level to level. A leading ``...`` stands for any dimensions, none
+included.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -32,6 +33,7 @@ __all__ = [
     "operations_in",
     "rank_fits",
     "returns_of",
+    "unchecked",
 ]
 
 Kind = Literal["values", "assignment", "loss"]
@@ -134,7 +136,7 @@ def operation(
 
 
 def operations_in(module: ModuleType) -> tuple[Operation, ...]:
-    """Operations a module declares, in the order of its ``__all__``.
+    """Public operations of a module, in the order in which it defines them.
 
     Examples
     --------
@@ -142,8 +144,23 @@ def operations_in(module: ModuleType) -> tuple[Operation, ...]:
     >>> "boxes.iou_yolox" in [op.name for op in operations_in(boxes)]
     True
     """
-    functions = (getattr(module, name) for name in module.__all__)
+    functions = (value for name, value in vars(module).items() if name in module.__all__)
     return tuple(f.operation for f in functions if isinstance(getattr(f, "operation", None), Operation))
+
+
+def unchecked(function: Callable[P, R]) -> Callable[P, R]:
+    """Function behind an operation, for arguments that are checked already or that are bounded.
+
+    Examples
+    --------
+    >>> from detoracle.reference import boxes
+    >>> from detoracle.reference.rounding import Bounded
+    >>> corners = Bounded.exact(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.float32)
+    >>> unchecked(boxes.iou_yolox)(corners, corners, form="xyxy").value.tolist()
+    [[1.0]]
+    """
+    plain: Callable[P, R] = vars(function)["__wrapped__"]
+    return plain
 
 
 def arguments_of(function: Callable[..., Any]) -> tuple[Argument, ...]:
@@ -170,7 +187,7 @@ def returns_of(function: Callable[..., Any]) -> tuple[Argument, ...]:
     return _section(inspect.unwrap(function), "Returns")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _section(function: Callable[..., Any], title: str) -> tuple[Argument, ...]:
     lines = inspect.cleandoc(function.__doc__ or "").splitlines()
     try:

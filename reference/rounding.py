@@ -59,6 +59,8 @@ class Precision:
 class _Dispatching:
     """Operators and methods all go to the same table of rules, keyed by the torch function's name."""
 
+    value: Tensor
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name not in _RULES:
             raise AttributeError(f"{type(self).__name__} has no rule for '{name}'")
@@ -127,25 +129,25 @@ class _Dispatching:
         return _RULES["logical_not"](self)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._map(lambda t: t[_plain_index(index)])  # type: ignore[attr-defined]
+        return self._map(lambda t: t[_plain_index(index)])
 
     def __len__(self) -> int:
-        return len(self.value)  # type: ignore[attr-defined]
+        return len(self.value)
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the tensor."""
-        return self.value.shape  # type: ignore[attr-defined,no-any-return]
+        return self.value.shape
 
     @property
     def ndim(self) -> int:
         """Number of dimensions."""
-        return self.value.ndim  # type: ignore[attr-defined,no-any-return]
+        return self.value.ndim
 
     @property
     def device(self) -> torch.device:
         """Device of the tensor."""
-        return self.value.device  # type: ignore[attr-defined,no-any-return]
+        return self.value.device
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +174,11 @@ class Bounded(_Dispatching):
     precision: Precision
 
     @classmethod
-    def exact(cls, tensor: Tensor, dtype: torch.dtype) -> Bounded:
-        """Take a tensor as given, without error, to be computed with in `dtype`."""
+    def exact(cls, tensor: Tensor, dtype: torch.dtype) -> Any:
+        """Take a tensor as given, without error, to be computed with in `dtype`.
+
+        Typed ``Any``, because it takes a Tensor's place in functions that are typed for tensors.
+        """
         value = tensor.detach().double()
         return cls(value, torch.zeros_like(value), Precision.of(dtype))
 
@@ -235,7 +240,7 @@ def value_of(x: Any) -> Any:
     >>> value_of(Bounded.exact(torch.tensor(2.0), torch.float32)).item()
     2.0
     """
-    return x.value if isinstance(x, _Dispatching) else x  # type: ignore[attr-defined]
+    return x.value if isinstance(x, _Dispatching) else x
 
 
 def known(x: Any) -> Any:
@@ -443,11 +448,11 @@ def _sqrt(x: Tensor) -> Tensor:
     return x.clamp_min(0).sqrt()
 
 
-def _pow(x: Any, exponent: float) -> Bounded:
+def _pow(x: Any, exponent: float) -> Any:
     if exponent == 2:
         return _mul(x, x)
     if exponent == 0.5:
-        return _RULES["sqrt"](x)  # type: ignore[no-any-return]
+        return _RULES["sqrt"](x)
     return _monotone(lambda t: t.clamp_min(0) ** exponent, 2.0 * max(1.0, abs(exponent)))(x)
 
 
@@ -463,7 +468,7 @@ def _sum(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
         return x.value.sum() if dim is None else x.value.sum(dim, keepdim)
     dims = tuple(range(x.ndim)) if dim is None else dim
     terms = math.prod(x.shape[d] for d in ((dims,) if isinstance(dims, int) else dims))
-    add = (lambda t: t.sum()) if dim is None else (lambda t: t.sum(dim, keepdim))
+    add: Callable[[Tensor], Tensor] = (lambda t: t.sum()) if dim is None else (lambda t: t.sum(dim, keepdim))
     value, propagated, magnitude = add(x.value), add(x.error), add(x.value.abs())
     if terms <= 1:
         return Bounded(value, propagated, x.precision)
@@ -600,7 +605,7 @@ def _split_sizes(x: Any, sizes: Any, dim: int = 0) -> tuple[Any, ...]:
     return tuple(x.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True))
 
 
-def _like(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _like(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x, *args, **kwargs: function(x.value, *args, **kwargs)
 
 
@@ -610,7 +615,7 @@ def _new_tensor(x: Bounded, data: Any) -> Bounded:
     return _rounded(value, torch.zeros_like(value), x.precision)
 
 
-def _square(x: Bounded) -> Bounded:
+def _square(x: Bounded) -> Any:
     return _mul(x, x)
 
 
@@ -651,7 +656,7 @@ def _cross_entropy(
     ignore_index: int = -100,
     **_: Any,
 ) -> Any:
-    """Cross entropy of rows of logits against class indices: logarithm of the exponentials' sum, less the class's logit."""
+    """Cross entropy of rows of logits against class indices: log of the exponentials' sum, less the class's logit."""
     if reduction != "none":
         raise NotImplementedError("sum the elementwise loss instead, so that its error is known")
     largest = logits.value.amax(1)
@@ -711,10 +716,14 @@ _RULES: dict[str, Callable[..., Any]] = {
     "isnan": _like(torch.isnan), "isfinite": _like(torch.isfinite), "isinf": _like(torch.isinf),
     "add": _linear(lambda a, b: a + b), "sub": _linear(lambda a, b: a - b), "mul": _mul, "div": _div,
     "true_divide": _div, "neg": lambda x: Bounded(-x.value, x.error, x.precision), "abs": _abs_rule,
-    "pow": _pow, "rpow": _power_of, "square": _square, "binary_cross_entropy_with_logits": _bce_with_logits, "binary_cross_entropy": _bce, "cross_entropy": _cross_entropy, "smooth_l1_loss": _smooth_l1, "exp": _monotone(torch.exp, 2.0), "log": _monotone(torch.log, 2.0, at_ends=_log),
+    "pow": _pow, "rpow": _power_of, "square": _square,
+    "binary_cross_entropy_with_logits": _bce_with_logits, "binary_cross_entropy": _bce,
+    "cross_entropy": _cross_entropy, "smooth_l1_loss": _smooth_l1, "exp": _monotone(torch.exp, 2.0),
+    "log": _monotone(torch.log, 2.0, at_ends=_log),
     "log1p": _monotone(torch.log1p, 2.0, at_ends=_log1p), "sqrt": _sqrt_rule, "sigmoid": _sigmoid,
     "atan": _monotone(torch.atan, 2.0), "softplus": _monotone(torch.nn.functional.softplus, 4.0),
-    "clamp": _clamp, "softmax": _softmax, "log_softmax": _log_softmax, "long": lambda x: x.value.long(), "clamp_min": _monotone(torch.clamp_min, 0.0),
+    "clamp": _clamp, "softmax": _softmax, "log_softmax": _log_softmax, "long": lambda x: x.value.long(),
+    "clamp_min": _monotone(torch.clamp_min, 0.0),
     "clamp_max": _monotone(torch.clamp_max, 0.0), "floor": _monotone(torch.floor, 0.0),
     "sum": _sum, "mean": _mean, "prod": _prod, "where": _where, "maximum": _extreme("maximum"),
     "minimum": _extreme("minimum"), "amax": _extreme_over(torch.amax), "amin": _extreme_over(torch.amin),

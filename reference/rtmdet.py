@@ -24,7 +24,7 @@ from torch import Tensor
 
 from detoracle.reference.assignment import BACKGROUND, IGNORED, Assignment
 from detoracle.reference.boxes import overlaps_mmdet
-from detoracle.reference.contract import operation
+from detoracle.reference.contract import operation, unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.rtmdet_points import SOURCE, decode, encode, priors
 from detoracle.reference.yolox import _claim, _inside, _matched_iou, _resolve
@@ -201,7 +201,7 @@ def _cost(
     iou_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """Cost and IoU (G, N) of one image's candidates."""
-    iou = overlaps_mmdet.__wrapped__(gt_boxes, boxes)  # type: ignore[attr-defined]
+    iou = unchecked(overlaps_mmdet)(gt_boxes, boxes)
     distance_cost = _distance_cost(_distance(priors, centers), soft_center_radius)
     return _class_cost(class_logits, gt_labels, iou) + _iou_cost(iou, iou_weight) + distance_cost, iou
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detoracle.reference.anchor_head_boxes import _stride_pairs, inside_flags, valid_flags
 from detoracle.reference.assignment import IGNORED
-from detoracle.reference.contract import operation
+from detoracle.reference.contract import operation, unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.rtmdet import assign
 from detoracle.reference.rtmdet_points import SOURCE, decode, priors
@@ -348,6 +348,6 @@ def _normalised(levels: Sequence[_Level], class_factor: Tensor, box_factor: Tens
 
 
 # The stages without the checks of their arguments, which bounded tensors do not pass.
-_targets: Any = targets.__wrapped__  # type: ignore[attr-defined]
-_qfl: Any = qfl.__wrapped__  # type: ignore[attr-defined]
-_giou_loss: Any = giou_loss.__wrapped__  # type: ignore[attr-defined]
+_targets: Any = unchecked(targets)
+_qfl: Any = unchecked(qfl)
+_giou_loss: Any = unchecked(giou_loss)

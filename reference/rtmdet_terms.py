@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detoracle.reference.boxes import overlaps_mmdet
-from detoracle.reference.contract import operation
+from detoracle.reference.contract import operation, unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.rounding import value_of
 from detoracle.reference.rtmdet_points import SOURCE
@@ -182,7 +182,7 @@ def giou_loss(
     """
     if weight is not None and reduction != "none" and not int((weight > 0).sum()):
         return (predicted * (weight[:, None] if weight.ndim == 1 else weight)).sum()
-    rows = 1 - overlaps_mmdet.__wrapped__(predicted, target, mode="giou", aligned=True, eps=eps)  # type: ignore[attr-defined]
+    rows = 1 - unchecked(overlaps_mmdet)(predicted, target, mode="giou", aligned=True, eps=eps)
     if weight is not None and weight.shape == predicted.shape:
         weight = weight.mean(-1)
     return loss_weight * _reduced(rows, weight, reduction, average_factor, where="rtmdet.giou_loss")

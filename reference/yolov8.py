@@ -25,7 +25,7 @@ from torch import Tensor
 
 from detoracle.reference.assignment import BACKGROUND, Assignment
 from detoracle.reference.boxes import cxcywh_to_xyxy, iou_ultralytics
-from detoracle.reference.contract import operation
+from detoracle.reference.contract import operation, unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.yolox import anchor_grid
 
@@ -242,7 +242,7 @@ def _inside(anchor_points: Tensor, gt_boxes: Tensor) -> Tensor:
 
 def _overlap(boxes: Tensor, gt_boxes: Tensor, counts: Tensor) -> Tensor:
     """CIoU of ground truths (G, 4) with predictions (A, 4), not below 0; 0 where the pair does not count. (G, A)."""
-    ciou = iou_ultralytics.__wrapped__(gt_boxes[:, None], boxes, mode="ciou")  # type: ignore[attr-defined]
+    ciou = unchecked(iou_ultralytics)(gt_boxes[:, None], boxes, mode="ciou")
     return torch.where(counts, ciou[..., 0].clamp(min=0), 0.0)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from detoracle.reference import yolov8
 from detoracle.reference.boxes import iou_ultralytics, xyxy_to_cxcywh
-from detoracle.reference.contract import operation
+from detoracle.reference.contract import operation, unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 
 __all__ = ["DFL", "bbox2dist", "dfl_decode", "dfl_loss", "dist2bbox", "loss"]
@@ -306,10 +306,10 @@ def _head(raw: Sequence[Tensor], strides: Sequence[int], reg_max: int) -> _Head:
     if reg_max < 1 or channels <= 4 * reg_max:
         expected = f"more than 4 * reg_max = {4 * reg_max} channels (reg_max at least 1)"
         raise InputError("raw", expected=expected, got=f"{channels} channels", where="yolov8.loss")
-    points, anchor_strides = yolov8.anchor_points.__wrapped__(raw, strides)  # type: ignore[attr-defined]
+    points, anchor_strides = unchecked(yolov8.anchor_points)(raw, strides)
     flat = torch.cat([level.flatten(2).transpose(1, 2) for level in raw], dim=1)
     box_logits, cls_logits = flat[..., : 4 * reg_max], flat[..., 4 * reg_max :]
-    boxes = dist2bbox(dfl_decode.__wrapped__(box_logits), points)  # type: ignore[attr-defined]
+    boxes = dist2bbox(unchecked(dfl_decode)(box_logits), points)
     return _Head(box_logits, cls_logits, boxes, points, anchor_strides[:, None])
 
 
@@ -332,12 +332,12 @@ def _loss(
     if positive.any():
         anchor, weight = positive.nonzero()[:, 1], quality[positive]
         target = boxes[positive] / head.strides[anchor]
-        ciou = iou_ultralytics.__wrapped__(head.boxes[positive], target, mode="ciou")[:, 0]  # type: ignore[attr-defined]
+        ciou = unchecked(iou_ultralytics)(head.boxes[positive], target, mode="ciou")[:, 0]
         box = ((1 - ciou) * weight).sum()
         bins = head.box_logits.shape[-1] // 4
         if bins > 1:
-            distances = bbox2dist.__wrapped__(head.points[anchor], target, reg_max=bins)  # type: ignore[attr-defined]
-            dfl = (dfl_loss.__wrapped__(head.box_logits[positive], distances) * weight).sum()  # type: ignore[attr-defined]
+            distances = unchecked(bbox2dist)(head.points[anchor], target, reg_max=bins)
+            dfl = (unchecked(dfl_loss)(head.box_logits[positive], distances) * weight).sum()
     dtype = torch.promote_types(head.cls_logits.dtype, torch.float32)
     box, cls, dfl = ((p / normaliser).to(dtype) * gain for p, gain in zip((box, cls, dfl), gains, strict=True))
     return {"total": (box + cls + dfl) * num_images, "box": box.detach(), "cls": cls.detach(), "dfl": dfl.detach()}

@@ -5,9 +5,10 @@ ground truth become *candidates*; a cost of classification and IoU says how well
 each ground truth claims as many of its cheapest candidates as its best ten IoUs add up to (*dynamic k*); an anchor
 that several claim goes to the cheapest. Positives then train box, class and objectness, all others objectness only.
 
-Two flavours. ``tutorial`` (the tutorial "YOLOX from scratch"; official releases 0.1 to 0.3.0 assign alike): candidates lie in a
-box or within 2.5 strides of its centre, and both together are preferred by 1e5. ``official`` (the main branch of 2025):
-candidates lie within 1.5 strides of a centre, preferred by 1e6, and ground truths are counted by their row sums.
+Two flavours. ``tutorial`` (the tutorial "YOLOX from scratch"; official releases 0.1 to 0.3.0 assign alike): candidates
+lie in a box or within 2.5 strides of its centre, and both together are preferred by 1e5. ``official`` (the main branch
+of 2025): candidates lie within 1.5 strides of a centre, preferred by 1e6, and ground truths are counted by their row
+sums.
 
 Stages, in the order data flows: `decode`, `candidates`, `cost`, `dynamic_k_matching` (together `assign`), `loss`.
 Source: Megvii-BaseDetection/YOLOX (Apache-2.0), described from its observed behaviour.
@@ -15,7 +16,7 @@ Source: Megvii-BaseDetection/YOLOX (Apache-2.0), described from its observed beh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detoracle.reference.assignment import BACKGROUND, Assignment
-from detoracle.reference.boxes import iou_loss_yolox, iou_yolox
-from detoracle.reference.boxes import cxcywh_to_xyxy
-from detoracle.reference.contract import operation
+from detoracle.reference.boxes import cxcywh_to_xyxy, iou_loss_yolox, iou_yolox
+from detoracle.reference.contract import operation, unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.rounding import log_at_least
 
@@ -159,7 +159,7 @@ def _flatten(raw: Sequence[Tensor]) -> Tensor:
 
 def _decode(raw: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
     flat = _flatten(raw)
-    cell, _, stride = anchor_grid([tuple(level.shape[2:]) for level in raw], strides, like=flat)
+    cell, _, stride = anchor_grid([(level.shape[2], level.shape[3]) for level in raw], strides, like=flat)
     centre = (flat[..., :2] + cell) * stride[:, None]
     size = torch.exp(flat[..., 2:4]) * stride[:, None]
     return torch.cat([centre, size, flat[..., 4:]], dim=-1)
@@ -340,7 +340,7 @@ def _cost(
     predictions: Tensor, gt_boxes: Tensor, gt_labels: Tensor, geometry: Tensor, flavour: Flavour, *, where: str
 ) -> tuple[Tensor, Tensor]:
     """Cost and IoU (G, N) of one image's candidates."""
-    iou = iou_yolox.__wrapped__(gt_boxes, predictions[:, :4])  # type: ignore[attr-defined]
+    iou = unchecked(iou_yolox)(gt_boxes, predictions[:, :4])
     if not len(gt_labels):
         return iou, iou
     total = _class_cost(predictions, gt_labels, where=where) + _IOU_COST_WEIGHT * -torch.log(iou + 1e-8)
@@ -364,7 +364,7 @@ def _class_cost(predictions: Tensor, gt_labels: Tensor, *, where: str) -> Tensor
         )
     log_is, log_is_not = log_at_least(probability, -100.0), log_at_least(-probability, -100.0, torch.log1p)
     classes = torch.arange(num_classes, device=gt_labels.device)
-    present, row = gt_labels.unique(return_inverse=True)
+    present, row = torch.unique(gt_labels, return_inverse=True)
     return torch.stack([-torch.where(classes == label, log_is, log_is_not).sum(-1) for label in present])[row]
 
 
@@ -373,9 +373,10 @@ def _class_cost(predictions: Tensor, gt_labels: Tensor, *, where: str) -> Tensor
 def dynamic_k_matching(cost: Tensor, iou: Tensor, candidate: Tensor, gt_valid: Tensor) -> tuple[Tensor, Tensor]:
     """Let each ground truth claim its cheapest candidates, and give contested anchors to the cheapest claim.
 
-    The number of claims is the sum of the ground truth's ten largest IoUs over *all* candidates, truncated, at least 1. A contested
-    anchor goes to the ground truth with the smallest cost over **all** of the image, also one that did not claim it; a
-    ground truth can so end with no anchor. Ties: lowest anchor index claims, lowest ground-truth index wins.
+    The number of claims is the sum of the ground truth's ten largest IoUs over *all* candidates, truncated, at least 1.
+    A contested anchor goes to the ground truth with the smallest cost over **all** of the image, also one that did not
+    claim it; a ground truth can so end with no anchor. Ties: lowest anchor index claims, lowest ground-truth index
+    wins.
 
     Parameters
     ----------
@@ -538,9 +539,9 @@ def loss(
 ) -> dict[str, Tensor]:
     """Training loss of a batch, and its gradient to the raw head maps.
 
-    total = box + objectness + classification (+ l1), each summed over the batch and divided by the number of positives (at least 1);
-    box carries its weight of 5. Class targets are one-hot times matched IoU. No gradient flows through the assignment or the
-    matched IoU.
+    total = box + objectness + classification (+ l1), each summed over the batch and divided by the number of positives
+    (at least 1); box carries its weight of 5. Class targets are one-hot times matched IoU. No gradient flows through
+    the assignment or the matched IoU.
 
     Parameters
     ----------
@@ -582,7 +583,9 @@ def loss(
     """
     _check_strides(raw, strides)
     predictions = _decode(raw, strides)
-    cells, points, anchor_strides = anchor_grid([tuple(level.shape[2:]) for level in raw], strides, like=predictions)
+    cells, points, anchor_strides = anchor_grid(
+        [(level.shape[2], level.shape[3]) for level in raw], strides, like=predictions
+    )
     assignment = assign(predictions.detach(), points, anchor_strides, gt_boxes, gt_labels, gt_valid, flavour=flavour)
     return _loss(_flatten(raw), predictions, cells, anchor_strides, gt_boxes, gt_labels, assignment, use_l1)
 
@@ -610,7 +613,7 @@ def _loss(
     class_target = one_hot * assignment.quality[image, anchor][:, None]
     objectness_target = positive.to(gt_boxes.dtype)
 
-    box = iou_loss_yolox.__wrapped__(predicted[:, :4], box_target).sum() * _BOX_LOSS_WEIGHT  # type: ignore[attr-defined]
+    box = unchecked(iou_loss_yolox)(predicted[:, :4], box_target).sum() * _BOX_LOSS_WEIGHT
     objectness = F.binary_cross_entropy_with_logits(predictions[..., 4], objectness_target, reduction="none").sum()
     classification = F.binary_cross_entropy_with_logits(predicted[:, 5:], class_target, reduction="none").sum()
     parts = {"box": box, "objectness": objectness, "classification": classification}

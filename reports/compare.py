@@ -16,7 +16,7 @@ from torch import Tensor
 from detoracle.implementations.registry import Implementation
 from detoracle.properties.checking import Case, Result, cases, judge_case
 from detoracle.properties.comparison import Expectation, expect
-from detoracle.properties.outputs import Outcome, perform
+from detoracle.properties.outputs import Outcome
 from detoracle.properties.scenefile import SavedScene, write_atomically, write_scene
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import System
@@ -28,7 +28,8 @@ from detoracle.reports.timing import paired
 
 __all__ = ["Part", "Settings", "compare_operation", "read_part", "write_part"]
 
-_MOST_FILES = 20  # scene files and pictures kept for one implementation of one operation
+_MOST_FILES = 20  # scene files kept for one implementation of one operation
+_MOST_PICTURES = 5  # ... and pictures, which are ten times as large
 _ROUNDS = 8
 
 
@@ -114,9 +115,10 @@ def compare_operation(
                 if result.verdict.wrong and kept[one.name] < _MOST_FILES:
                     kept[one.name] += 1
                     row = replace(row, scene_file=_save(operation, one, result, folder, kept[one.name]))
-                    pictures += _pictures(system, expectation, row, case, outcomes[-1])
+                    if kept[one.name] <= _MOST_PICTURES:
+                        pictures += _pictures(system, expectation, row, case, outcomes[-1])
                 rows.append(row)
-    measurements = ()
+    measurements: tuple[Measurement, ...] = ()
     right = [one for one in implementations if not any(r.wrong for r in rows if r.implementation == one.name)]
     if settings.measure and workload is not None and right:
         measurements = _measure(operation, right, workload, settings)
@@ -198,9 +200,7 @@ def _measure(
 ) -> tuple[Measurement, ...]:
     """Time right implementations against the oracle, turn by turn in this process, and count what a call does."""
     calls = {"oracle": operation.oracle, **{one.name: one.load() for one in implementations}}
-    counters = {
-        name: count(_prepared(operation, call, case.arguments))[1] for name, call in calls.items()
-    }
+    counters = {name: count(_prepared(operation, call, case.arguments))[1] for name, call in calls.items()}
     synchronize: Callable[[], object] | None = torch.cuda.synchronize if settings.device == "cuda" else None
 
     def timed(call: Callable[..., Any]) -> Callable[[int], object]:
@@ -242,7 +242,7 @@ def _prepared(operation: Operation, call: Callable[..., Any], arguments: Mapping
         returned = call(**given)
         first = next(iter(returned.values())) if isinstance(returned, dict) else returned
         if isinstance(first, Tensor) and first.requires_grad:
-            first.sum().backward()
+            torch.autograd.backward(first.sum())
         return returned
 
     return run

@@ -14,10 +14,11 @@ import torch
 
 from detoracle.cli import main
 from detoracle.properties.edge_cases import edge_cases
+from detoracle.properties.faults.fault import faults_of
 from detoracle.properties.scenefile import SavedScene, read_scene, write_scene
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["list", "describe", "env", "compare", "check", "golden", "replay", "report"]
+COMMANDS = ["list", "describe", "env", "compare", "check", "golden", "replay", "faults", "report"]
 STRANGER = """
 from detoracle.reference import yolox
 
@@ -231,3 +232,45 @@ def test_a_scene_that_names_no_implementation_asks_for_one(run: Run, tmp_path: P
     assert run("replay", "s.json").code == 2
     write_scene(tmp_path / "s.json", SavedScene("yolox.decode", "n", {"strides": [8]}, "stranger:right"))
     assert run("replay", "s.json").code == 2
+
+
+def test_compare_writes_a_report_and_resumes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"edge": edge_cases()[:3]}
+    monkeypatch.setattr("detoracle.commands.compare.scenes_named", lambda name, seed: few[name])
+    call = ("compare", "--operation", "yolox.decode", "--scenes", "edge", "--out", "report")
+    found = run(*call, "--json", "copy.json")
+    assert found.code == 0, found.err
+    assert "6 checks, 0 findings" in found.out
+    assert written(tmp_path / "copy.json") == written(tmp_path / "report" / "results.json")
+    assert "<html" in (tmp_path / "report" / "report.html").read_text("utf-8")
+
+    def refused(*_: object) -> None:
+        raise AssertionError("a finished operation was compared again")
+
+    monkeypatch.setattr("detoracle.commands.compare.compare_operation", refused)
+    resumed = run(*call, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "6 checks, 0 findings" in resumed.out
+    assert run("report", "report").code == 0
+
+
+def test_compare_finds_a_stranger_wrong_and_keeps_the_others(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detoracle.commands.compare.scenes_named", lambda name, seed: edge_cases()[:2])
+    call = ("compare", "--operation", "yolox.decode", "--scenes", "edge", "--out", "report")
+    found = run(*call, "--implementation", "stranger:wrong", "--implementation", "batched")
+    assert found.code == 1
+    rows = (tmp_path / "report" / "results.csv").read_text("utf-8")
+    assert rows.count("batched") == 2
+    assert rows.count("different") == 2
+    scene = next((tmp_path / "report" / "scenes").glob("*.scene.json"))
+    assert run("replay", scene).code == 1
+
+
+def test_faults_prints_the_kill_matrix(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detoracle.commands.faults.faults_of", lambda name: faults_of(name)[:3])
+    found = run("faults", "--system", "yolox", "--examples", 2, "--json", "kills.json")
+    assert found.code == 0
+    assert "3 of 3 faults caught" in found.out
+    assert run("faults", "--system", "nonsense").code == 2

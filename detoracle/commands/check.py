@@ -46,7 +46,7 @@ def check(
     """
     system, found = find_operation(operation)
     entries = read_known_failures(known_failures) if known_failures else ()
-    place = {"device": device_named(device), "dtype": dtype_named(dtype)}
+    place: dict[str, Any] = {"device": device_named(device), "dtype": dtype_named(dtype)}
     results: list[Result] = []
     with Worker(time_limit=time_limit) as worker:
         worker.require(implementation)
@@ -107,7 +107,10 @@ def _conclude(
     for result in results:
         counts[result.verdict.status] = counts.get(result.verdict.status, 0) + 1
     for failure in saved:
-        print(f"{failure['clause']} fails on {failure['times']} of {len(results)} cases, at its smallest on {failure['scene']}:")
+        print(
+            f"{failure['clause']} fails on {failure['times']} of {len(results)} cases, "
+            f"at its smallest on {failure['scene']}:"
+        )
         for text in failure["findings"]:
             print(f"  {text}")
         print(f"  replay: detoracle replay {failure['file']}")

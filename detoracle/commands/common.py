@@ -27,8 +27,10 @@ def scenes_named(name: str, *, seed: int) -> tuple[Scene, ...]:
     """Scenes that ``--scenes`` names: edge, realistic, crowd, or a file or folder."""
     if name == "edge":
         return edge_cases()
-    if name == "realistic" or name == "crowd":
-        return built_in(name, seed=seed)
+    if name == "realistic":
+        return built_in("realistic", seed=seed)
+    if name == "crowd":
+        return built_in("crowd", seed=seed)
     path = Path(name)
     if not path.exists():
         raise InputError("--scenes", expected="edge, realistic, crowd, or a file or folder that exists", got=repr(name))

@@ -25,7 +25,7 @@ from detoracle.reference.errors import InputError
 from detoracle.reports.compare import Part, Settings, compare_operation, read_part, write_part
 from detoracle.reports.environment import environment, source_hash
 from detoracle.reports.record import Report, to_json
-from detoracle.reports.writing import write_report
+from detoracle.reports.writing import locked, write_report
 
 __all__ = ["compare"]
 
@@ -45,7 +45,9 @@ def compare(
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Decides every random scene.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("detoracle-report"),
-    resume: Annotated[bool, typer.Option("--resume", help="Take over finished operations of an interrupted run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Take over finished operations of an interrupted run.")
+    ] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds one call may take.")] = 60.0,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
 ) -> None:
@@ -56,7 +58,8 @@ def compare(
     chosen = _chosen(operation or [], implementation or [])
     all_scenes = [scene for name in names for scene in scenes_named(name, seed=seed)]
     key = hashlib.sha256(repr((settings, names, chosen, source_hash())).encode()).hexdigest()
-    parts = _parts(chosen, all_scenes, settings, out, key if resume else None, key)
+    with locked(out):
+        parts = _parts(chosen, all_scenes, settings, out, key if resume else None, key)
     report = Report(
         title=f"Implementations against oracles, {' and '.join(Path(name).name for name in names)} scenes",
         command=_command(),
@@ -81,13 +84,19 @@ def _chosen(operations: list[str], implementations: list[str]) -> Chosen:
     pairs = chosen_operations(operations)
     targets = [name for name in implementations if ":" in name]
     if targets and len(operations) != 1:
-        raise InputError("--implementation", expected="one --operation beside package.module:callable", got=str(len(operations)))
+        raise InputError(
+            "--implementation", expected="one --operation beside package.module:callable", got=str(len(operations))
+        )
     found = [*discover(Path("pyproject.toml")), *(Implementation(operations[0], t, t) for t in targets)]
     known = {one.name for one in found}
     if unknown := [name for name in implementations if name not in known]:
         raise InputError("--implementation", expected=f"one of {', '.join(sorted(known))}", got=", ".join(unknown))
     return [
-        (system, op, [one for one in found if one.operation == op.name and (not implementations or one.name in implementations)])
+        (
+            system,
+            op,
+            [one for one in found if one.operation == op.name and (not implementations or one.name in implementations)],
+        )
         for system, op in pairs
     ]
 

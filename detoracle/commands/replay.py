@@ -29,12 +29,16 @@ def replay(
     scene = read_scene(file)
     target = implementation or scene.implementation
     if not target:
-        raise InputError("--implementation", expected="package.module:callable", got="nothing, nor does the scene name one")
+        raise InputError(
+            "--implementation", expected="package.module:callable", got="nothing, nor does the scene name one"
+        )
     system, operation = find_operation(scene.operation)
     with Worker(time_limit=time_limit) as worker:
         worker.require(target)
         verdict = expect(system, operation, scene.arguments).judge(worker.perform(operation, target, scene.arguments))
-    print(f"{operation.name} by {target} on {scene.name}: {verdict.status}{f' ({verdict.note})' if verdict.note else ''}")
+    print(
+        f"{operation.name} by {target} on {scene.name}: {verdict.status}{f' ({verdict.note})' if verdict.note else ''}"
+    )
     for finding in verdict.findings:
         print(f"  {finding.clause} {finding.where}: {finding.message} ({finding.count} wrong)")
     body = {"operation": operation.name, "implementation": target, "status": verdict.status}

@@ -53,7 +53,8 @@ def anchors(
 ) -> Tensor:
     """Anchors of all levels, (A, 4)."""
     if scales is None:
-        assert octave_base_scale is not None and scales_per_octave is not None
+        assert octave_base_scale is not None
+        assert scales_per_octave is not None
         scales = [octave_base_scale * 2 ** (i / scales_per_octave) for i in range(scales_per_octave)]
     levels = []
     for level, (size, stride) in enumerate(zip(sizes, map(_pair, strides), strict=True)):
@@ -160,7 +161,7 @@ def decode(
 ) -> Tensor:
     """Boxes that deltas (..., N, 4*C) mean."""
     limit = abs(math.log(ratio_clip))
-    each = deltas.unflatten(-1, (-1, 4)) * deltas.new_tensor(list(stds)) + deltas.new_tensor(list(means))
+    each = torch.unflatten(deltas, -1, (-1, 4)) * deltas.new_tensor(list(stds)) + deltas.new_tensor(list(means))
     size = (anchors[..., 2:] - anchors[..., :2])[..., None, :]
     shift, ratio = size * each[..., :2], each[..., 2:]
     if center_clamp is None:
@@ -210,10 +211,8 @@ def assign(
     chosen = torch.where(best >= pos_iou_thr, gt_index, torch.where(background, BACKGROUND, IGNORED))
     if match_low_quality:
         most, first = overlaps.max(2, keepdim=True)
-        if gt_max_assign_all:
-            claimed = overlaps == most
-        else:
-            claimed = torch.arange(len(anchors), device=anchors.device) == first
+        numbers = torch.arange(len(anchors), device=anchors.device)
+        claimed = overlaps == most if gt_max_assign_all else numbers == first
         claimed = claimed & (most >= min_pos_iou) & gt_valid[..., None] & inside[:, None]
         rows = torch.arange(1, gt_boxes.shape[1] + 1, device=anchors.device)[:, None]
         last = (claimed * rows).amax(1)
@@ -383,9 +382,7 @@ def loss(
     """Loss per level; the settings of the assignment and of the sampler are passed on to them."""
     columns = cls_scores[0].shape[1] // (bbox_preds[0].shape[1] // 4)
     shapes, ignored = (image_shapes, pad_shapes), (ignore_boxes, ignore_valid)
-    gt_index = _assigned(
-        bbox_preds, anchors, gt_boxes, gt_valid, shapes, ignored, strides, allowed_border, settings
-    )
+    gt_index = _assigned(bbox_preds, anchors, gt_boxes, gt_valid, shapes, ignored, strides, allowed_border, settings)
     samples = sampler == "random" and class_loss != "focal"
     drawing = {name: value for name, value in settings.items() if name in _SAMPLER}
     positive, negative, _ = sample(gt_index, sampler="random" if samples else "pseudo", **drawing)
@@ -404,9 +401,11 @@ def loss(
     )
     divisor = made[4] + made[5] if samples else made[4]
     lengths = [level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in bbox_preds]
-    per_level = zip(*(target.split(lengths, dim=1) for target in made[:4]), strict=True)
+    per_level = zip(*(torch.split(target, lengths, dim=1) for target in made[:4]), strict=True)
     classification, box = [], []
-    for scores, deltas, own, target in zip(cls_scores, bbox_preds, anchors.split(lengths), per_level, strict=True):
+    for scores, deltas, own, target in zip(
+        cls_scores, bbox_preds, torch.split(anchors, lengths), per_level, strict=True
+    ):
         labels, label_weights, box_targets, box_weights = (t.flatten(0, 1) for t in target)
         rows = {"weight": label_weights, "avg_factor": divisor, "loss_weight": class_loss_weight}
         logits = _flat(scores, columns).flatten(0, 1)
@@ -458,9 +457,7 @@ def ssd_loss(
     columns = cls_scores[0].shape[1] // (bbox_preds[0].shape[1] // 4)
     shapes, ignored = (image_shapes, pad_shapes), (ignore_boxes, ignore_valid)
     settings = {"neg_iou_thr": 0.5, "gt_max_assign_all": False, **settings}
-    gt_index = _assigned(
-        bbox_preds, anchors, gt_boxes, gt_valid, shapes, ignored, strides, allowed_border, settings
-    )
+    gt_index = _assigned(bbox_preds, anchors, gt_boxes, gt_valid, shapes, ignored, strides, allowed_border, settings)
     labels, label_weights, box_targets, box_weights, divisor, _ = targets(
         anchors,
         gt_index,

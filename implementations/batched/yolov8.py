@@ -29,7 +29,17 @@ from torch import Tensor
 from detoracle.implementations.registry import implements
 from detoracle.reference.assignment import BACKGROUND, Assignment
 
-__all__ = ["align", "anchor_points", "assign", "bbox2dist", "dfl_decode", "dfl_loss", "iou_ultralytics", "loss", "pad_targets"]
+__all__ = [
+    "align",
+    "anchor_points",
+    "assign",
+    "bbox2dist",
+    "dfl_decode",
+    "dfl_loss",
+    "iou_ultralytics",
+    "loss",
+    "pad_targets",
+]
 
 _EPS = 1e-9
 _LAST_BIN_MARGIN = 0.01
@@ -311,19 +321,21 @@ def loss(
     target = (gt_boxes.take_along_dim(matched[..., None], 1) / per_stride).where(listed[..., None], 1.0)
 
     ciou = _iou(_sides(_decoded(chosen[:, :channels], point)), _sides(target.unbind(-1)))
-    box = ((1 - ciou) * weight).sum()
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    box = ((1 - ciou) * weight).sum(dtype=dtype)
     dfl = torch.zeros_like(box)
     if reg_max > 1:
         logits = chosen[:, :channels].mT.unflatten(-1, (4, reg_max))
-        dfl = (_dfl(logits, bbox2dist(point, target, reg_max=reg_max)) * weight).sum()
+        dfl = (_dfl(logits, bbox2dist(point, target, reg_max=reg_max)) * weight).sum(dtype=dtype)
     # Cross entropy with target t is softplus(x) - x t, and t is above 0 for one class of each positive.
     label = gt_labels.long().gather(1, matched).clamp(0, num_classes - 1)
     own = chosen[:, channels:].gather(1, label[:, None])[:, 0]
-    cls = F.softplus(flat[:, channels:], threshold=_LINEAR).sum() - (own * weight).sum()
+    background = F.softplus(flat[:, channels:], threshold=_LINEAR).sum(dtype=dtype)
+    cls = background - (own * weight).sum(dtype=dtype)
 
-    normaliser, dtype = quality.sum().clamp(min=1), torch.promote_types(flat.dtype, torch.float32)
+    normaliser = quality.sum(dtype=dtype).clamp(min=1)
     gains = (box_gain, cls_gain, dfl_gain)
-    box, cls, dfl = ((p / normaliser).to(dtype) * gain for p, gain in zip((box, cls, dfl), gains, strict=True))
+    box, cls, dfl = (part / normaliser * gain for part, gain in zip((box, cls, dfl), gains, strict=True))
     return {"total": (box + cls + dfl) * len(flat), "box": box.detach(), "cls": cls.detach(), "dfl": dfl.detach()}
 
 

@@ -21,7 +21,17 @@ from torch import Tensor
 from detoracle.implementations.registry import implements
 from detoracle.reference.assignment import BACKGROUND, Assignment
 
-__all__ = ["align", "anchor_points", "assign", "bbox2dist", "dfl_decode", "dfl_loss", "iou_ultralytics", "loss", "pad_targets"]
+__all__ = [
+    "align",
+    "anchor_points",
+    "assign",
+    "bbox2dist",
+    "dfl_decode",
+    "dfl_loss",
+    "iou_ultralytics",
+    "loss",
+    "pad_targets",
+]
 
 
 # ------------------------------------------------------------------------------------------------------- boxes

@@ -154,7 +154,7 @@ def cost(
     penalty = 1e5 if flavour == "tutorial" else 1e6
     for image in range(len(predictions)):
         near = candidate[image]
-        boxes, objectness, classes = predictions[image, near].split([4, 1, predictions.shape[-1] - 5], dim=-1)
+        boxes, objectness, classes = torch.split(predictions[image, near], [4, 1, predictions.shape[-1] - 5], dim=-1)
         probability = torch.sqrt(torch.sigmoid(classes) * torch.sigmoid(objectness))
         for g in _present(gt_valid[image]):
             target = F.one_hot(gt_labels[image, g], classes.shape[-1]).to(probability).expand_as(probability)

@@ -1,7 +1,7 @@
 """A planted fault: one small change to the text of a right, plain implementation.
 
-The text changed is the system's ``loop`` implementation, so that a fault is a line's difference, as real ones are. A fault
-whose text is no longer found there is an error: it would test nothing.
+The text changed is the system's ``loop`` implementation, so that a fault is a line's difference, as real ones are. A
+fault whose text is no longer found there is an error: it would test nothing.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from detoracle.properties.golden.vectors import Recorded
 from detoracle.reference import anchor_head_boxes, rtmdet, rtmdet_loss, yolox
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain import rtmdet as explain
+from detoracle.reference.explain.rtmdet_assignment import _quality
 from detoracle.reference.rounding import Bounded
 
 __all__ = ["arguments_of_loss", "assignment_stages", "loss_stages", "losses"]
@@ -253,7 +254,7 @@ def _assignment(
     explanation = explain.explain_assign(**given, dtype=logits.dtype)
     open_ = explanation.ambiguous & ~explanation.wrong(recorded)
     # Of the recorded assignment, not of the oracle's: where rounding decides, they may differ.
-    quality = explain._quality(_exact(decoded), _exact(arguments["gt_boxes"]), recorded)
+    quality = _quality(_exact(decoded), _exact(arguments["gt_boxes"]), recorded)
     for image, took_part in enumerate(inside):
         got, want = assignment.gt_index[image, took_part], recorded[image, took_part]
         yield discrete(f"assigned_gt_inds.{image}", got + 1, want + 1, open_=open_[image, took_part])
@@ -284,7 +285,7 @@ def _targets(
 ) -> Iterator[StageCheck]:
     """Training targets of the recorded assignment, level by level."""
     gt_boxes = arguments["gt_boxes"]
-    quality = explain._quality(_exact(decoded), _exact(gt_boxes), gt_index)
+    quality = _quality(_exact(decoded), _exact(gt_boxes), gt_index)
     labels, weights, boxes, metrics = rtmdet_loss._targets(
         gt_index,
         quality,

@@ -13,14 +13,15 @@ from detoracle.properties.golden.checks import StageCheck, discrete, gradient, r
 from detoracle.properties.golden.vectors import Recorded
 from detoracle.reference import anchor_head_boxes, rtmdet, rtmdet_head, rtmdet_terms
 from detoracle.reference.boxes import overlaps_mmdet
+from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.rounding import Bounded
 
 __all__ = ["UNITS"]
 
-_overlaps: Any = overlaps_mmdet.__wrapped__  # type: ignore[attr-defined]
-_decode: Any = rtmdet.decode.__wrapped__  # type: ignore[attr-defined]
-_encode: Any = rtmdet.encode.__wrapped__  # type: ignore[attr-defined]
+_overlaps: Any = unchecked(overlaps_mmdet)
+_decode: Any = unchecked(rtmdet.decode)
+_encode: Any = unchecked(rtmdet.encode)
 
 
 def _exact(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Any:
@@ -94,7 +95,7 @@ def _term(
         bounded = {key: _exact(tensor, tensor.dtype) for key, tensor in targets.items()}
         if weighted:
             bounded["weight"] = _exact(weight, weight.dtype)
-        private: Any = function.__wrapped__  # type: ignore[attr-defined]
+        private: Any = unchecked(function)
         expected = private(_exact(predicted, predicted.dtype), **bounded, **settings, **reduction)
         yield within(f"{name}.value", scene.tensor(f"out/{name}.value"), expected)
         if not scene.has(f"out/{name}.grad"):

@@ -13,6 +13,7 @@ from detoracle.properties.golden.vectors import Recorded
 from detoracle.reference import ssd, ssd_boxes
 from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.boxes import cxcywh_to_xyxy
+from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain.explanation import Explanation
 from detoracle.reference.explain.ssd import explain_log_sum_exp, explain_loss, explain_match, loss_given
@@ -63,7 +64,7 @@ def _stages(scene: Recorded) -> Iterator[StageCheck]:
         yield from _overlaps(scene, image, arguments)
         yield from _match(scene, image, arguments)
         if scene.has(f"out/decoded.{image}"):
-            decoded: Any = ssd.decode.__wrapped__(_exact(loc), priors, variances=variances)  # type: ignore[attr-defined]
+            decoded: Any = unchecked(ssd.decode)(_exact(loc), priors, variances=variances)
             yield within(f"decoded.{image}", scene.tensor(f"out/decoded.{image}"), decoded)
     yield from _mining(scene, arguments["conf"])
     if error is None:

@@ -1,4 +1,4 @@
-"""Recorded vectors: ``X.npz`` with arrays ``<scene>/in/<name>`` and ``<scene>/out/<name>``, and ``X.json`` beside it."""
+"""Recorded vectors: ``X.npz`` with arrays ``<scene>/in/<name>`` and ``<scene>/out/<name>``, and ``X.json``."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from detoracle.properties.golden.checks import StageCheck, discrete, gradient, r
 from detoracle.properties.golden.vectors import Recorded
 from detoracle.reference import yolov8, yolov8_loss
 from detoracle.reference.boxes import iou_ultralytics
+from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain.yolov8 import explain_assign, loss_given
 from detoracle.reference.rounding import Bounded
@@ -66,7 +67,7 @@ def _iou(scene: Recorded) -> Iterator[StageCheck]:
     for mode in ("iou", "giou", "diou", "ciou"):
         for name, form in (("xywh", "cxcywh"), ("xyxy", "xyxy")):
             stage = f"{mode}.{name}"
-            expected: Any = iou_ultralytics.__wrapped__(_bounded(first), _bounded(second), form=form, mode=mode)  # type: ignore[attr-defined]
+            expected: Any = unchecked(iou_ultralytics)(_bounded(first), _bounded(second), form=form, mode=mode)
             yield within(stage, scene.tensor(f"out/{stage}"), expected)
             gradients: list[Tensor] = []
             for dtype in (torch.float64, _FLOAT):
@@ -82,7 +83,7 @@ def _distances(scene: Recorded) -> Iterator[StageCheck]:
         function, _, variant = stage.partition(".")
         got: Any
         if function == "bbox2dist":  # upstream names the last bin
-            got = yolov8_loss.bbox2dist.__wrapped__(points, boxes, reg_max=int(variant) + 1)  # type: ignore[attr-defined]
+            got = unchecked(yolov8_loss.bbox2dist)(points, boxes, reg_max=int(variant) + 1)
         elif function == "dist2bbox":
             form = {"xyxy": "xyxy", "xywh": "cxcywh"}[variant]
             got = yolov8_loss.dist2bbox(_bounded(scene.tensor("in/dist")), points, form=form)
@@ -106,7 +107,7 @@ def _distribution(scene: Recorded) -> Iterator[StageCheck]:
     yield raised(scene, error)
     if error is not None or scene.raises is not None:
         return
-    expected: Any = yolov8_loss.dfl_loss.__wrapped__(_bounded(logits), _bounded(target))  # type: ignore[attr-defined]
+    expected: Any = unchecked(yolov8_loss.dfl_loss)(_bounded(logits), _bounded(target))
     yield within("dfl", scene.tensor("out/dfl"), expected[:, None])
     yield discrete("target_after_call", given, scene.tensor("out/target_after_call"))
     recorded = scene.tensor("out/grad_logits").reshape(logits.shape)
@@ -176,7 +177,7 @@ def _inputs(scene: Recorded, arguments: dict[str, Any]) -> Iterator[StageCheck]:
         yield discrete("stride_tensor", anchor_strides[:, None], scene.tensor("out/stride_tensor"))
     if scene.has("out/targets"):
         boxes: Any
-        boxes, labels, _ = yolov8.pad_targets.__wrapped__(  # type: ignore[attr-defined]
+        boxes, labels, _ = unchecked(yolov8.pad_targets)(
             scene.tensor("in/batch_idx").long(),
             scene.tensor("in/cls").long().flatten(),
             _bounded(scene.tensor("in/bboxes")),
@@ -228,7 +229,7 @@ def _assignment(scene: Recorded, arguments: dict[str, Any]) -> Iterator[StageChe
     metric: Any
     overlaps: Any
     in_gt: Any
-    metric, overlaps, in_gt = yolov8.align.__wrapped__(  # type: ignore[attr-defined]
+    metric, overlaps, in_gt = unchecked(yolov8.align)(
         torch.sigmoid(_bounded_head(arguments).cls_logits),
         **{name: _bounded(t) if t.is_floating_point() else t for name, t in given.items()},
         alpha=arguments["alpha"],
@@ -292,16 +293,16 @@ def _positives(scene: Recorded, arguments: dict[str, Any], gt_index: Tensor) -> 
     expected: Any
     if scene.has("out/loss_ciou"):
         predicted = _bounded(scene.tensor("out/pred_bboxes")[positive])
-        expected = iou_ultralytics.__wrapped__(predicted, target, mode="ciou")  # type: ignore[attr-defined]
+        expected = unchecked(iou_ultralytics)(predicted, target, mode="ciou")
         yield within("loss_ciou", scene.tensor("out/loss_ciou"), expected)
     if scene.has("out/target_ltrb_fg"):
         points = _bounded(scene.tensor("out/anchor_points")[anchor])
-        expected = yolov8_loss.bbox2dist.__wrapped__(points, target, reg_max=bins)  # type: ignore[attr-defined]
+        expected = unchecked(yolov8_loss.bbox2dist)(points, target, reg_max=bins)
         yield within("target_ltrb_fg", scene.tensor("out/target_ltrb_fg"), expected)
     if scene.has("out/dfl"):
         distances = _bounded(scene.tensor("out/target_ltrb_fg"))
         logits = _bounded_head(arguments).box_logits[positive]
-        expected = yolov8_loss.dfl_loss.__wrapped__(logits, distances)  # type: ignore[attr-defined]
+        expected = unchecked(yolov8_loss.dfl_loss)(logits, distances)
         yield within("dfl", scene.tensor("out/dfl"), expected[:, None])
 
 

@@ -46,7 +46,7 @@ def explain_encode(
     True
     """
     targets, places = Bounded.exact(gt_boxes, dtype), Bounded.exact(priors, dtype)
-    return _encode(targets, places, with_rounding(variances, dtype))  # type: ignore[arg-type,return-value]
+    return _encode(targets, places, with_rounding(variances, dtype))  # type: ignore[return-value]
 
 
 def explain_decode(
@@ -66,4 +66,4 @@ def explain_decode(
     True
     """
     offsets, places = Bounded.exact(loc, dtype), Bounded.exact(priors, dtype)
-    return _decode(offsets, places, with_rounding(variances, dtype))  # type: ignore[arg-type,return-value]
+    return _decode(offsets, places, with_rounding(variances, dtype))  # type: ignore[return-value]

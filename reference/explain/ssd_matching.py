@@ -55,7 +55,7 @@ def explain_match(
     overlaps, worlds = [], []
     for image, valid in enumerate(gt_valid):
         ssd._require_ground_truth(valid, where=f"ssd.match, image {image}")
-        overlap: Any = ssd._overlap(exact_priors, exact_boxes[image])  # type: ignore[arg-type]
+        overlap: Any = ssd._overlap(exact_priors, exact_boxes[image])
         names = torch.where(gt_labels[image] >= 0, torch.arange(len(valid), device=valid.device), BACKGROUND)
         overlaps.append(overlap)
         worlds.append((_matching(overlap[valid], threshold, names[valid]),))
@@ -74,11 +74,11 @@ def _quality(overlaps: Bounded, gt_index: Tensor) -> Any:
 
 
 def _targets(
-    gt_index: Tensor, priors: Bounded, gt_boxes: Bounded, gt_labels: Tensor, variances: Sequence[Any]
+    gt_index: Tensor, priors: Any, gt_boxes: Any, gt_labels: Tensor, variances: Sequence[Any]
 ) -> dict[str, Any]:
     """Box and class targets that an assignment implies."""
     image = torch.arange(len(gt_index), device=gt_index.device)[:, None]
-    offsets: Any = _encode(gt_boxes[image, gt_index.clamp(min=0)], priors, variances)  # type: ignore[arg-type]
+    offsets: Any = _encode(gt_boxes[image, gt_index.clamp(min=0)], priors, variances)
     targets = {"loc_target": torch.where((gt_index >= 0)[..., None], offsets, 0.0)}
     if int(gt_labels.min()) >= BACKGROUND:  # a lesser label's target is no class, but depends on who matched it
         targets["class_target"] = ssd._class_of(gt_index, gt_labels)

@@ -30,7 +30,7 @@ def explain_log_sum_exp(conf: Tensor, *, dtype: torch.dtype = torch.float32) -> 
     >>> explain_log_sum_exp(torch.tensor([[[500.0, 0, 0], [1, 2, 3]]])).value.tolist()
     [[500.0, -inf]]
     """
-    result: Any = ssd._log_sum_exp(Bounded.exact(conf, dtype))  # type: ignore[arg-type]
+    result: Any = ssd._log_sum_exp(Bounded.exact(conf, dtype))
     distance = conf.double().amax(-1) - conf.double().amax()
     half_the_smallest = math.log(result.precision.smallest) + math.log(result.precision.unit)
     vanished = (distance < half_the_smallest - 1) & ~result.value.isnan()
@@ -88,8 +88,9 @@ class Ranking:
     def of(cls, conf: Tensor, dtype: torch.dtype) -> Ranking:
         """Rank by the logits of a batch."""
         background = torch.zeros(conf.shape[:2], dtype=torch.int64, device=conf.device)
-        log_sum_exp, bounded = explain_log_sum_exp(conf, dtype=dtype), Bounded.exact(conf, dtype)
-        loss: Any = ssd._mining_loss(log_sum_exp, bounded, background)  # type: ignore[arg-type]
+        log_sum_exp: Any = explain_log_sum_exp(conf, dtype=dtype)
+        bounded = Bounded.exact(conf, dtype)
+        loss: Any = ssd._mining_loss(log_sum_exp, bounded, background)
         value, lower, upper = (
             t.masked_fill(loss.value.isnan(), math.inf) for t in (loss.value, loss.lower, loss.upper)
         )

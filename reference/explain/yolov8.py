@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detoracle.reference import yolov8, yolov8_loss
 from detoracle.reference.boxes import iou_ultralytics
+from detoracle.reference.contract import unchecked
 from detoracle.reference.explain.explanation import (
     Claims,
     Count,
@@ -135,7 +136,7 @@ def _overlap(boxes: Any, gt_boxes: Any, every: Tensor) -> Any:
     overlap = yolov8._overlap(boxes, gt_boxes, every)
     if not isinstance(overlap, Bounded):
         return overlap
-    diou = iou_ultralytics.__wrapped__(gt_boxes[:, None], boxes, mode="diou")[..., 0]  # type: ignore[attr-defined]
+    diou: Any = unchecked(iou_ultralytics)(gt_boxes[:, None], boxes, mode="diou")[..., 0]
     return known_range(overlap, 0.0, diou.clamp(min=0).upper)
 
 
@@ -258,7 +259,7 @@ def _decoded(
     """Head, ground-truth boxes and pairs of a loss, bounded if there is a dtype whose rounding is allowed for."""
     maps = [Bounded.exact(level, dtype) for level in raw] if dtype else list(raw)
     boxes: Any = Bounded.exact(gt_boxes, dtype) if dtype else gt_boxes
-    head = yolov8_loss._head(maps, strides, reg_max)  # type: ignore[arg-type]
+    head = yolov8_loss._head(maps, strides, reg_max)
     for image, valid in enumerate(gt_valid):
         num_classes = head.cls_logits.shape[-1]
         yolov8._require_labels(gt_labels[image, valid], num_classes, where=f"yolov8.loss, image {image}")
@@ -302,6 +303,11 @@ def loss_given(
     dict of str to Bounded
         total, box, cls and dfl; plain zeros where a part is exactly zero.
 
+    Raises
+    ------
+    UpstreamRaises
+        As the oracle, in the dtype of the arguments.
+
     Examples
     --------
     >>> gt, one = torch.tensor([[[8.0, 8, 24, 24]]]), torch.ones(1, 1, dtype=torch.bool)
@@ -311,6 +317,12 @@ def loss_given(
     >>> bool(parts["total"].error < 1e-4)
     True
     """
-    head, boxes, pairs = _decoded(raw, strides, gt_boxes, gt_labels, gt_valid, reg_max, topk, alpha, beta, dtype)
-    quality = _quality(gt_index, pairs, dtype)
-    return yolov8_loss._loss(head, boxes, gt_labels, gt_index, quality, (box_gain, cls_gain, dfl_gain))
+
+    def computed(dtype: torch.dtype | None) -> dict[str, Any]:
+        head, boxes, pairs = _decoded(raw, strides, gt_boxes, gt_labels, gt_valid, reg_max, topk, alpha, beta, dtype)
+        quality = _quality(gt_index, pairs, dtype)
+        return yolov8_loss._loss(head, boxes, gt_labels, gt_index, quality, (box_gain, cls_gain, dfl_gain))
+
+    if dtype is not None:
+        computed(None)  # raises where the oracle does: bfloat16 rounds R - 1.01 up to the last bin
+    return computed(dtype)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from detoracle.reference import yolox
 from detoracle.reference.assignment import Assignment
+from detoracle.reference.boxes import iou_yolox
+from detoracle.reference.contract import unchecked
 from detoracle.reference.explain.dynamic_k import dynamic_k_world
 from detoracle.reference.explain.explanation import Explanation, World, background_world, worlds_of
 from detoracle.reference.rounding import Bounded, Decision
@@ -50,11 +52,11 @@ def explain_candidates(
     """
     points, strides, boxes = (Bounded.exact(t, dtype) for t in (anchor_points, anchor_strides, gt_boxes))
     rules = yolox.FLAVOURS[flavour]
-    near, preferred = zip(
-        *(yolox._candidates(points, strides, boxes[image], rules) for image in range(len(gt_valid))), strict=True
-    )
-    candidate = (torch.stack(near) & gt_valid[..., None]).any(1)
-    return candidate, torch.stack(preferred) & gt_valid[..., None]
+    images = [yolox._candidates(points, strides, boxes[image], rules) for image in range(len(gt_valid))]
+    near, preferred = zip(*images, strict=True)
+    candidate: Any = (torch.stack(near) & gt_valid[..., None]).any(1)
+    geometry: Any = torch.stack(preferred) & gt_valid[..., None]
+    return candidate, geometry
 
 
 def explain_cost(
@@ -88,7 +90,7 @@ def explain_cost(
     bounded, boxes = Bounded.exact(predictions, dtype), Bounded.exact(gt_boxes, dtype)
     for image, valid in enumerate(gt_valid):
         near = candidate[image]
-        pair_cost, pair_iou = yolox._cost(
+        explained: Any = yolox._cost(
             bounded[image, near],
             boxes[image, valid],
             gt_labels[image, valid],
@@ -96,7 +98,7 @@ def explain_cost(
             yolox.FLAVOURS[flavour],
             where=f"yolox.cost, image {image}",
         )
-        pairs = valid[:, None] & near[None]
+        (pair_cost, pair_iou), pairs = explained, valid[:, None] & near[None]
         for target, source in zip(
             full, (pair_cost.value, pair_iou.value, pair_cost.error, pair_iou.error), strict=True
         ):
@@ -145,15 +147,16 @@ def explain_assign(
         if not valid.any():
             worlds.append((background_world(num_anchors, valid.device),))
             continue
-        near, preferred = yolox._candidates(points, strides, boxes[image, valid], rules)  # type: ignore[arg-type]
+        decided: Any = yolox._candidates(points, strides, boxes[image, valid], rules)
+        near, preferred = decided
         yolox._require_candidates(near.value.any(0), where=f"yolox.assign, image {image}")
 
         def world(candidate: Tensor, image: int = image, valid: Tensor = valid, preferred: Any = preferred) -> World:
             if not candidate.any():
                 return background_world(num_anchors, candidate.device)
             cost, iou = yolox._cost(
-                bounded[image, candidate],  # type: ignore[arg-type]
-                boxes[image, valid],  # type: ignore[arg-type]
+                bounded[image, candidate],
+                boxes[image, valid],
                 gt_labels[image, valid],
                 preferred[:, candidate],
                 rules,
@@ -204,7 +207,7 @@ def _quality(predictions: Bounded, gt_boxes: Bounded, gt_index: Tensor) -> Bound
         anchors = (matched >= 0).nonzero().flatten()
         if len(anchors):
             used, row = matched[anchors].unique(return_inverse=True)
-            iou = yolox.iou_yolox.__wrapped__(gt_boxes[image, used], predictions[image, anchors, :4])  # type: ignore[attr-defined]
+            iou: Any = unchecked(iou_yolox)(gt_boxes[image, used], predictions[image, anchors, :4])
             column = torch.arange(len(anchors), device=row.device)
             quality.value[anchors], quality.error[anchors] = iou.value[row, column], iou.error[row, column]
         images.append(quality)
@@ -234,8 +237,10 @@ def explain_loss(
     >>> explain_loss([torch.zeros(1, 6, 2, 2)], [8], gt, torch.zeros(1, 1, dtype=torch.int64), one).gt_index.tolist()
     [[0, -1, -1, -1]]
     """
-    predictions = yolox._decode([Bounded.exact(level, dtype) for level in raw], strides)  # type: ignore[misc]
-    _, points, anchor_strides = yolox.anchor_grid([tuple(level.shape[2:]) for level in raw], strides, like=gt_boxes)
+    predictions = yolox._decode([Bounded.exact(level, dtype) for level in raw], strides)
+    _, points, anchor_strides = yolox.anchor_grid(
+        [(level.shape[2], level.shape[3]) for level in raw], strides, like=gt_boxes
+    )
     return explain_assign(
         predictions, points, anchor_strides, gt_boxes, gt_labels, gt_valid, flavour=flavour, dtype=dtype
     )
@@ -252,7 +257,7 @@ def loss_given(
     flavour: str = "tutorial",
     use_l1: bool = False,
     dtype: torch.dtype | None = torch.float32,
-) -> dict[str, Bounded]:
+) -> dict[str, Any]:
     """Loss of a given assignment, bounded; for a choice that rounding leaves open.
 
     Parameters
@@ -277,10 +282,12 @@ def loss_given(
     """
     maps = [Bounded.exact(level, dtype) for level in raw] if dtype else list(raw)
     boxes = Bounded.exact(gt_boxes, dtype) if dtype else gt_boxes
-    predictions = yolox._decode(maps, strides)  # type: ignore[arg-type]
-    cells, _, anchor_strides = yolox.anchor_grid([tuple(level.shape[2:]) for level in raw], strides, like=gt_boxes)
+    predictions = yolox._decode(maps, strides)
+    cells, _, anchor_strides = yolox.anchor_grid(
+        [(level.shape[2], level.shape[3]) for level in raw], strides, like=gt_boxes
+    )
     exact = predictions if dtype else Bounded.exact(predictions, torch.float64)
     quality = _quality(exact, boxes if dtype else Bounded.exact(gt_boxes, torch.float64), gt_index)  # type: ignore[arg-type]
     assignment = Assignment(gt_index, quality if dtype else quality.value.to(gt_boxes.dtype))  # type: ignore[arg-type]
-    flat = yolox._flatten(maps)  # type: ignore[arg-type]
-    return yolox._loss(flat, predictions, cells, anchor_strides, boxes, gt_labels, assignment, use_l1)  # type: ignore[arg-type,return-value]
+    flat = yolox._flatten(maps)
+    return yolox._loss(flat, predictions, cells, anchor_strides, boxes, gt_labels, assignment, use_l1)

@@ -60,8 +60,8 @@ def _explicit_pseudo() -> dict[str, Any]:
 
 
 def _all_ignored() -> dict[str, Any]:
-    region = {"ignore_boxes": torch.tensor([[[0.0, 0, 16, 16]]]), "ignore_valid": torch.ones(1, 1, dtype=torch.bool)}
-    return _heads([[0.0, 0, 8, 8]], [0], ignore_iof_thr=0.5, **region)
+    covering, one = torch.tensor([[[0.0, 0, 16, 16]]]), torch.ones(1, 1, dtype=torch.bool)
+    return _heads([[0.0, 0, 8, 8]], [0], ignore_iof_thr=0.5, ignore_boxes=covering, ignore_valid=one)
 
 
 def _background_class() -> dict[str, Any]:

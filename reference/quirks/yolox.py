@@ -172,8 +172,10 @@ QUIRKS: tuple[Quirk, ...] = (
         "Count ground truths explicitly.",
         ("L4",),
         _negative_row,
-        lambda: bool((yolox.assign(**{**_negative_row(), "flavour": "tutorial"}).gt_index == 1).any())
-        and _behaviour(_negative_row()) == "yolox.no-candidate",
+        lambda: (
+            bool((yolox.assign(**{**_negative_row(), "flavour": "tutorial"}).gt_index == 1).any())
+            and _behaviour(_negative_row()) == "yolox.no-candidate"
+        ),
     ),
     Quirk(
         "yolox.label-out-of-range",
@@ -193,8 +195,10 @@ QUIRKS: tuple[Quirk, ...] = (
         "Drop boxes without area before training.",
         ("N3",),
         _line,
-        lambda: yolox.assign(**_line()).quality.tolist()[0][4 * 8 + 4] == 0.0
-        and int(yolox.assign(**_line()).positive.sum()) == 1,
+        lambda: (
+            yolox.assign(**_line()).quality.tolist()[0][4 * 8 + 4] == 0.0
+            and int(yolox.assign(**_line()).positive.sum()) == 1
+        ),
     ),
     Quirk(
         "yolox.edge-is-outside",
@@ -204,7 +208,10 @@ QUIRKS: tuple[Quirk, ...] = (
         "None.",
         (),
         _edge,
-        lambda: not bool(yolox.candidates(**_edge())[0][0, 4 * 8 + 4]) and bool(yolox.candidates(**_edge())[0][0, 4 * 8 + 5]),
+        lambda: (
+            not bool(yolox.candidates(**_edge())[0][0, 4 * 8 + 4])
+            and bool(yolox.candidates(**_edge())[0][0, 4 * 8 + 5])
+        ),
     ),
     Quirk(
         "yolox.zero-areas-give-nan",

@@ -167,7 +167,7 @@ def test_ssd_sizes_of_the_published_configurations() -> None:
 
 @pytest.mark.parametrize(("size", "low", "levels"), [(320, 0.2, 6), (300, 0.1, 6), (300, 0.2, 2)])
 def test_unknown_ssd_sizes_are_refused(size: int, low: float, levels: int) -> None:
-    with pytest.raises(InputError, match="input_size: expected 300 from 15%, 300 from 20%, .* and at least 3 levels"):
+    with pytest.raises(InputError, match=r"input_size: expected 300 from 15%, 300 from 20%, .* and at least 3 levels"):
         ssd_sizes(size, (low, 0.9), levels)
 
 
@@ -284,6 +284,8 @@ def test_inputs_stay_as_they_are() -> None:
 
 
 def test_shapes_are_checked() -> None:
-    with pytest.raises(InputError, match=r"anchor_head.encode: boxes: expected a float Tensor of shape \(N, 4\) with N=2"):
+    with pytest.raises(
+        InputError, match=r"anchor_head.encode: boxes: expected a float Tensor of shape \(N, 4\) with N=2"
+    ):
         encode(torch.ones(2, 4), torch.ones(3, 4))
     assert anchor_head_boxes.encode(torch.ones(0, 4), torch.ones(0, 4)).shape == (0, 4)

@@ -12,6 +12,7 @@ from torch import Tensor
 from detoracle.properties.bounds import outside
 from detoracle.reference import rtmdet, rtmdet_loss, yolox
 from detoracle.reference.boxes import overlaps_mmdet
+from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain.dynamic_k import k_range
 from detoracle.reference.explain.rtmdet import (
@@ -392,6 +393,6 @@ def test_named_behaviours_are_raised_as_by_the_oracle() -> None:
 def test_bounds_of_the_iou_cover_another_way_to_compute_it() -> None:
     given = scene(torch.Generator().manual_seed(8))
     boxes, gt_boxes = given["boxes"][0], given["gt_boxes"][0]
-    private: Any = overlaps_mmdet.__wrapped__  # type: ignore[attr-defined]
+    private: Any = unchecked(overlaps_mmdet)
     bounded = private(Bounded.exact(gt_boxes, torch.float32), Bounded.exact(boxes, torch.float32))
     assert not outside(iou_from_sizes(gt_boxes, boxes), bounded.value, bounded.error).any()

@@ -12,6 +12,7 @@ from torch import Tensor
 from detoracle.properties.bounds import outside
 from detoracle.reference import yolov8, yolov8_loss
 from detoracle.reference.boxes import iou_ultralytics
+from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain.yolov8 import explain_assign, explain_loss, loss_given
 
@@ -137,8 +138,8 @@ def test_few_positives_are_ambiguous() -> None:
         {"topk": 9},
         {"topk": 11},
         {"winner": "metric"},
-        {"iou": lambda a, b: iou_ultralytics.__wrapped__(a, b, mode="diou")[..., 0]},  # type: ignore[attr-defined]
-        {"iou": lambda a, b: iou_ultralytics.__wrapped__(a, b, mode="iou")[..., 0]},  # type: ignore[attr-defined]
+        {"iou": lambda a, b: unchecked(iou_ultralytics)(a, b, mode="diou")[..., 0]},
+        {"iou": lambda a, b: unchecked(iou_ultralytics)(a, b, mode="iou")[..., 0]},
         {"metric": lambda score, overlap: score * overlap**6},
         {"metric": lambda score, overlap: score**0.5 * overlap**5},
     ],

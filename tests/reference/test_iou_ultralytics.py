@@ -11,6 +11,7 @@ from torch import Tensor
 
 from detoracle.properties.bounds import outside
 from detoracle.reference.boxes import iou_ultralytics, xyxy_to_cxcywh
+from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import InputError
 from detoracle.reference.rounding import Bounded
 
@@ -54,7 +55,7 @@ def test_closed_form(pair: tuple[list[float], list[float]], mode: str) -> None:
     # The epsilons, left out of the closed form, are too small to matter in float32 at this size.
     for form, convert in (("xyxy", lambda b: b), ("cxcywh", xyxy_to_cxcywh)):
         first, second = (convert(torch.tensor([box])) for box in pair)
-        bound: Any = iou_ultralytics.__wrapped__(  # type: ignore[attr-defined]
+        bound: Any = unchecked(iou_ultralytics)(
             Bounded.exact(first, torch.float32), Bounded.exact(second, torch.float32), form=form, mode=mode
         )
         assert not outside(torch.tensor([[want]], dtype=torch.float64), bound.value, bound.error).any()

@@ -106,7 +106,7 @@ def test_decode_inverts_encode() -> None:
     centre, size = torch.rand(len(priors), 2, generator=generator), torch.rand(len(priors), 2, generator=generator)
     gt = torch.cat([centre - size / 2, centre + size / 2], dim=1)
     exact_gt, exact_priors = (Bounded.exact(t, torch.float32) for t in (gt, priors))
-    there: Any = ssd_boxes._encode(exact_gt, exact_priors, ssd_boxes.VARIANCES)  # type: ignore[arg-type]
+    there: Any = ssd_boxes._encode(exact_gt, exact_priors, ssd_boxes.VARIANCES)
     back: Any = ssd_boxes._decode(there, priors, ssd_boxes.VARIANCES)
     offsets = ssd.encode(gt, priors)[None]
     assert not outside(ssd.decode(offsets, priors)[0], gt.double(), VALUE_FACTOR * back.error).any()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detoracle.properties.bounds import outside
 from detoracle.reference import yolov8_loss
+from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.explain.yolov8 import explain_loss, loss_given
 from detoracle.reference.rounding import Bounded
@@ -55,7 +56,7 @@ def test_one_bin_is_the_distance_itself() -> None:
 
 def test_the_convolution_decodes_as_the_function_does() -> None:
     logits = torch.randn(2, 5, 64)
-    expected: Any = yolov8_loss.dfl_decode.__wrapped__(bounded(logits))  # type: ignore[attr-defined]
+    expected: Any = unchecked(yolov8_loss.dfl_decode)(bounded(logits))
     assert agrees(yolov8_loss.dfl_decode(logits), expected)
     assert agrees(yolov8_loss.DFL(16)(logits.transpose(1, 2)).transpose(1, 2), expected)
 
@@ -93,7 +94,7 @@ def test_distances_are_clamped_to_the_bins() -> None:
 # ---------------------------------------------------------------------------------------------------------------- DFL
 def test_dfl_of_a_whole_distance_is_its_cross_entropy() -> None:
     logits, target = torch.randn(3, 4, 16), torch.tensor([[0.0, 1, 2, 3], [14, 13, 12, 11], [5, 5, 5, 5]])
-    expected: Any = yolov8_loss.dfl_loss.__wrapped__(bounded(logits.flatten(1)), bounded(target))  # type: ignore[attr-defined]
+    expected: Any = unchecked(yolov8_loss.dfl_loss)(bounded(logits.flatten(1)), bounded(target))
     entropy = F.cross_entropy(logits.reshape(-1, 16), target.long().flatten(), reduction="none").reshape(3, 4).mean(1)
     assert agrees(entropy, expected)
     assert agrees(yolov8_loss.dfl_loss(logits.flatten(1), target), expected)
@@ -101,7 +102,7 @@ def test_dfl_of_a_whole_distance_is_its_cross_entropy() -> None:
 
 def test_dfl_of_uniform_logits_is_the_logarithm_of_the_bins() -> None:
     logits, target = torch.zeros(2, 4 * 8), torch.rand(2, 4) * 6.99
-    expected: Any = yolov8_loss.dfl_loss.__wrapped__(bounded(logits), bounded(target))  # type: ignore[attr-defined]
+    expected: Any = unchecked(yolov8_loss.dfl_loss)(bounded(logits), bounded(target))
     assert agrees(torch.full((2,), math.log(8), dtype=torch.float64), expected)
 
 
