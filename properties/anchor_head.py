@@ -65,8 +65,8 @@ def native(scene: Scene) -> dict[str, Any]:
     Returns
     -------
     dict
-        cls_scores, bbox_preds, anchors, strides, gt_boxes (xyxy pixels), gt_labels, gt_valid, image_shapes, pad_shapes: the
-        arguments of `anchor_head.loss`.
+        cls_scores, bbox_preds, anchors, strides, gt_boxes (xyxy pixels), gt_labels, gt_valid, image_shapes, pad_shapes:
+        the arguments of `anchor_head.loss`.
 
     Examples
     --------
@@ -132,12 +132,9 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         for ratio in (3, 1):
             yield f"{ratio}:1", {**_head("ssd-like", given), "neg_pos_ratio": ratio}
     elif operation == "anchor_head.inside_flags":
-        valid = _inside(given)
+        taken = {"anchors": given["anchors"], "valid": _inside(given), "image_shapes": given["image_shapes"]}
         for border in (-1.0, 0.0, 8.0):
-            yield (
-                f"border {border:g}",
-                {"anchors": given["anchors"], "valid": valid, "image_shapes": given["image_shapes"], "allowed_border": border},
-            )
+            yield f"border {border:g}", {**taken, "allowed_border": border}
     elif operation in ("anchor_head.encode", "anchor_head.decode", "boxes.overlaps_mmdet"):
         yield from _boxes(operation, given)
     else:
@@ -149,7 +146,7 @@ def _inside(given: dict[str, Any]) -> Tensor:
 
 
 def _head(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the loss whose class channels fit the head: one class for a proposal network, background for softmax."""
+    """Arguments of the loss whose class channels fit the head: one for a proposal network, background for softmax."""
     arguments = dict(given)
     per_cell = given["bbox_preds"][0].shape[1] // 4
     scores = []
@@ -172,7 +169,10 @@ def _generators(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, di
     levels = len(grid["sizes"])
     if operation == "anchor_head.anchors":
         yield "octaves", {**grid, "ratios": _RATIOS, "like": like, "octave_base_scale": 2, "scales_per_octave": 3}
-        yield "scales", {**grid, "ratios": _RATIOS, "like": like, "scales": (3.0, 8.0), "center_offset": 0.5, "scale_major": False}
+        yield (
+            "scales",
+            {**grid, "ratios": _RATIOS, "like": like, "scales": (3.0, 8.0), "center_offset": 0.5, "scale_major": False},
+        )
     elif operation == "anchor_head.ssd_anchors":
         small = [10.0 + 12 * level for level in range(levels)]
         ratios = [(2.0, 3.0) if level % 2 else (2.0,) for level in range(levels)]
@@ -199,13 +199,21 @@ def _boxes(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[st
             continue
         for mode in ("iou", "iof", "giou"):
             yield f"image {image}, {mode}", {"boxes_a": targets, "boxes_b": anchors, "mode": mode}
-            yield f"image {image}, {mode} aligned", {"boxes_a": paired, "boxes_b": anchors, "mode": mode, "aligned": True}
+            yield (
+                f"image {image}, {mode} aligned",
+                {"boxes_a": paired, "boxes_b": anchors, "mode": mode, "aligned": True},
+            )
 
 
 def _assigned(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Assignment and what follows from the oracle's own."""
     anchors = given["anchors"]
-    arguments = {"anchors": anchors, "gt_boxes": given["gt_boxes"], "gt_valid": given["gt_valid"], "inside": _inside(given)}
+    arguments = {
+        "anchors": anchors,
+        "gt_boxes": given["gt_boxes"],
+        "gt_valid": given["gt_valid"],
+        "inside": _inside(given),
+    }
     if operation == "anchor_head.assign":
         for name in ("retina", "rpn", "ssd-like"):
             yield name, {**arguments, **{k: v for k, v in HEADS[name].items() if k in _ASSIGNER}}

@@ -29,7 +29,9 @@ __all__ = ["Expectation", "Finding", "Status", "Verdict", "expect"]
 
 Status = Literal["equal", "ambiguous", "different", "raised", "mutated-input", "timeout", "undefined"]
 
-_MOST_ALTERNATIVES = 64  # right assignments that a loss is compared with before it is left unjudged
+_MOST_ALTERNATIVES = 64  # right assignments that a loss is compared with before it is left unjudged ...
+_MOST_OF_LARGE = 12  # ... and of inputs with more numbers than this
+_LARGE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def expect(system: System, operation: Operation, arguments: Mapping[str, Any]) -
 
     Examples
     --------
+    >>> from detoracle.properties.outputs import perform
     >>> from detoracle.properties.systems import find_operation
     >>> from detoracle.reference import boxes
     >>> pair = {"boxes_a": torch.ones(1, 4), "boxes_b": torch.ones(1, 4), "form": "cxcywh"}
@@ -321,6 +324,12 @@ def _k_finding(operation: Operation, explanation: Explanation, given: Tensor) ->
 
 
 # -------------------------------------------------------------------------------------------------------- losses
+def _numbers(arguments: Mapping[str, Any]) -> int:
+    """Elements of all tensors among the arguments."""
+    values = [v for value in arguments.values() for v in (value if isinstance(value, list) else [value])]
+    return sum(value.numel() for value in values if isinstance(value, Tensor))
+
+
 class _LossJudge:
     """Judge a loss by the right assignments: the float64 one first, then the others that rounding leaves open."""
 
@@ -334,7 +343,8 @@ class _LossJudge:
     ) -> None:
         self._operation, self._explanation, self._dtype = operation, explanation, dtype
         self._loss_given, self._arguments = loss_given, arguments
-        self._remaining = explanation.alternatives(_MOST_ALTERNATIVES)
+        self._most = _MOST_OF_LARGE if _numbers(arguments) > _LARGE else _MOST_ALTERNATIVES
+        self._remaining = explanation.alternatives(self._most)
         self._right: list[_RightLoss] = []
         self._nth(0)  # a behaviour that the oracle raises is known before anything is judged
 
@@ -352,7 +362,7 @@ class _LossJudge:
             if not findings:
                 return Verdict("equal" if number == 0 else "ambiguous", **facts)
             first = first or findings
-        if number >= _MOST_ALTERNATIVES:
+        if number >= self._most:
             return Verdict("ambiguous", note="more assignments are right than can be compared; not judged", **facts)
         return Verdict("different", first, **facts)
 

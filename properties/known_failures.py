@@ -50,7 +50,7 @@ class KnownFailure:
 
 
 def read_known_failures(path: Path) -> tuple[KnownFailure, ...]:
-    """Read the list.
+    r"""Read the list.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def read_known_failures(path: Path) -> tuple[KnownFailure, ...]:
     --------
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "known.toml"
-    >>> _ = file.write_text('[[known-failure]]\\nclause="a"\\nreason="b"\\nlink="c"\\nexpires=2027-01-31\\n')
+    >>> _ = file.write_text('[[known-failure]]\nclause="a"\nreason="b"\nlink="c"\nexpires=2027-01-31\n')
     >>> read_known_failures(file)[0].scene
     '*'
     """

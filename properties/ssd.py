@@ -30,6 +30,7 @@ SMALL: dict[str, Any] = {
 
 _LARGE = 300  # from this image side on, the priors of SSD300
 _FAR_APART = 150.0  # logits so far below the largest of the batch vanish from the ranking of negatives
+_OTHER_VARIANCES = (0.25, 0.125)
 
 
 def native(scene: Scene) -> dict[str, Any]:
@@ -79,36 +80,51 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
             yield f"clip {clip}", {**given["settings"], "clip": clip, "like": loc.new_zeros(())}
     elif operation == "ssd.log_sum_exp":
         yield "", {"conf": conf}
+        yield "logits far apart", {"conf": _far_apart(conf)}
     elif operation == "ssd.decode":
         yield "", {"loc": loc, "priors": priors}
+        yield "other variances", {"loc": loc, "priors": priors, "variances": _OTHER_VARIANCES}
     elif operation in ("ssd.jaccard", "ssd.encode"):
         yield from _box_arguments(operation, priors, ground_truths)
     elif operation == "ssd.match":
-        for threshold in (0.5, 0.35):
-            yield f"threshold {threshold}", {"priors": priors, **ground_truths, "threshold": threshold}
+        yield "threshold 0.5", {"priors": priors, **ground_truths, "threshold": 0.5}
+        other = {"threshold": 0.35, "variances": _OTHER_VARIANCES}
+        yield "threshold 0.35, other variances, padding first", {"priors": priors, **_backwards(ground_truths), **other}
     elif operation == "ssd.loss":
         rest = {"loc": loc, "priors": priors, **ground_truths}
-        for threshold, neg_pos in ((0.5, 3), (0.35, 1)):
-            yield (
-                f"threshold {threshold}, {neg_pos}:1",
-                {**rest, "conf": conf, "threshold": threshold, "neg_pos": neg_pos},
-            )
+        yield "threshold 0.5, 3:1", {**rest, "conf": conf, "threshold": 0.5, "neg_pos": 3}
+        other = {"threshold": 0.35, "neg_pos": 1, "variances": _OTHER_VARIANCES}
+        yield "threshold 0.35, 1:1, other variances", {**rest, "conf": conf, **other}
         yield "logits far apart", {**rest, "conf": _far_apart(conf)}
+        yield "all negatives", {**rest, "conf": conf, "neg_pos": len(priors)}
+        yield "background labels", {**rest, "conf": conf, "gt_labels": torch.full_like(given["gt_labels"], -1)}
     else:
         try:
             matched = ssd.match(priors, **ground_truths).gt_index
         except UpstreamRaises:
             return  # nothing to mine: the match operation itself shows this behaviour
         rest = {"gt_index": matched, "gt_labels": given["gt_labels"]}
-        for neg_pos in (3, 1):
+        for neg_pos in (3, 1, len(priors)):
             yield f"{neg_pos}:1", {**rest, "conf": conf, "neg_pos": neg_pos}
         yield "logits far apart", {**rest, "conf": _far_apart(conf)}
+        labels = given["gt_labels"].clone()
+        labels[:, ::2] = -1
+        yield "background labels", {**rest, "conf": conf, "gt_labels": labels}
 
 
 def _far_apart(conf: Tensor) -> Tensor:
-    """Raise all logits of every other prior: no cross entropy changes, but the other priors underflow in the mining."""
-    raised = torch.arange(conf.shape[1], device=conf.device) % 2
-    return conf + _FAR_APART * raised[:, None].to(conf.dtype)
+    """Raise all logits of every other prior: no cross entropy changes, but the other priors underflow in the mining.
+
+    In all images but the last they are raised by half as much: with a maximum per image, nothing would underflow there.
+    """
+    raised = (torch.arange(conf.shape[1], device=conf.device) % 2).to(conf).expand(conf.shape[:2]).clone()
+    raised[:-1] /= 2
+    return conf + _FAR_APART * raised[..., None]
+
+
+def _backwards(ground_truths: dict[str, Any]) -> dict[str, Any]:
+    """Rows of every image in reverse order: padding comes first."""
+    return {name: rows.flip(1) for name, rows in ground_truths.items()}
 
 
 def _box_arguments(
@@ -123,6 +139,8 @@ def _box_arguments(
         else:
             turn = torch.arange(len(priors), device=priors.device) % len(targets)
             yield f"image {image}", {"gt_boxes": targets[turn], "priors": priors}
+            other = {"gt_boxes": targets[turn], "priors": priors, "variances": _OTHER_VARIANCES}
+            yield f"image {image}, other variances", other
 
 
 def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:

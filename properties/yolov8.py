@@ -21,6 +21,8 @@ __all__ = ["REG_MAX", "SYSTEM", "native"]
 REG_MAX = 16
 """Bins of the distances that generated heads predict."""
 
+_ASSIGNMENT: dict[str, Any] = {"topk": 5, "alpha": 1.0, "beta": 2.0}  # instead of 10, 0.5 and 6
+_GAINS = {"box_gain": 1.25, "cls_gain": 1.75, "dfl_gain": 2.5}  # instead of 7.5, 0.5 and 1.5
 _SHARPNESS = 8.0  # logit difference between the two bins around a distance and all others
 
 
@@ -81,6 +83,8 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
             "no DFL",
             {"raw": [_without_bins(level) for level in raw], "strides": strides, **ground_truths, "reg_max": 1},
         )
+        other = {**_backwards(ground_truths), **_ASSIGNMENT, **_GAINS}
+        yield "other settings, padding first", {"raw": raw, "strides": strides, **other}
     else:
         yield from _on_anchors(operation, raw, strides, ground_truths)
 
@@ -124,11 +128,15 @@ def _on_anchors(
             "scores": class_logits.sigmoid(),
             "boxes": in_cells * anchor_strides[:, None],
             "anchor_points": points * anchor_strides[:, None],
-            **ground_truths,
         }
+        settings = dict(_ASSIGNMENT)
         if operation == "yolov8.align":
-            arguments["gt_valid"] = yolov8.counted_ground_truths(ground_truths["gt_boxes"], ground_truths["gt_valid"])
-        yield "", arguments
+            ground_truths["gt_valid"] = yolov8.counted_ground_truths(
+                ground_truths["gt_boxes"], ground_truths["gt_valid"]
+            )
+            del settings["topk"]
+        yield "", {**arguments, **ground_truths}
+        yield "other settings, padding first", {**arguments, **_backwards(ground_truths), **settings}
         return
     for image, valid in enumerate(ground_truths["gt_valid"]):
         targets = ground_truths["gt_boxes"][image, valid]
@@ -136,7 +144,8 @@ def _on_anchors(
             continue
         paired = targets[torch.arange(len(points), device=points.device) % len(targets)] / anchor_strides[:, None]
         if operation == "yolov8.bbox2dist":
-            yield f"image {image}", {"anchor_points": points, "boxes": paired, "reg_max": REG_MAX}
+            for reg_max in (REG_MAX, REG_MAX // 2):
+                yield f"image {image}, {reg_max} bins", {"anchor_points": points, "boxes": paired, "reg_max": reg_max}
         elif operation == "yolov8.dfl_loss":
             wanted = yolov8_loss.bbox2dist(points, paired, reg_max=REG_MAX)
             yield f"image {image}", {"box_logits": box_logits[image], "distances": wanted}
@@ -149,6 +158,14 @@ def _overlaps(image: int, predicted: Tensor, targets: Tensor) -> Iterator[tuple[
         for mode in ("iou", "giou", "diou", "ciou"):
             pair = {"boxes_a": convert(predicted), "boxes_b": convert(targets)}
             yield f"image {image}, {mode} of {form}", {**pair, "form": form, "mode": mode}
+    for mode in ("iou", "ciou"):
+        pair = {"boxes_a": predicted, "boxes_b": targets}
+        yield f"image {image}, {mode} with a larger epsilon", {**pair, "mode": mode, "eps": 2.0**-10}
+
+
+def _backwards(ground_truths: dict[str, Any]) -> dict[str, Any]:
+    """Rows of every image in reverse order: padding comes first."""
+    return {name: rows.flip(1) for name, rows in ground_truths.items()}
 
 
 def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:

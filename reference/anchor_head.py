@@ -26,7 +26,7 @@ from torch import Tensor
 from detoracle.reference.anchor_head_boxes import SOURCE, encode
 from detoracle.reference.assignment import BACKGROUND, IGNORED, Assignment
 from detoracle.reference.boxes import overlaps_mmdet
-from detoracle.reference.contract import operation
+from detoracle.reference.contract import operation, unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 
 __all__ = ["Thresholds", "assign", "sample", "targets"]
@@ -172,8 +172,8 @@ def _share_ignored(boxes: Tensor, regions: Tensor, of_boxes: bool) -> Tensor:
     if not len(regions) or not len(boxes):
         return boxes.new_zeros(len(boxes))
     if of_boxes:
-        return overlaps_mmdet.__wrapped__(boxes, regions, mode="iof").amax(1)  # type: ignore[attr-defined,no-any-return]
-    return overlaps_mmdet.__wrapped__(regions, boxes, mode="iof").amax(0)  # type: ignore[attr-defined,no-any-return]
+        return unchecked(overlaps_mmdet)(boxes, regions, mode="iof").amax(1)
+    return unchecked(overlaps_mmdet)(regions, boxes, mode="iof").amax(0)
 
 
 def _assign(overlaps: Tensor, rules: Thresholds) -> Tensor:
@@ -385,7 +385,7 @@ def targets(
         if gt_labels.shape[1]:
             labels[image] = torch.where(positive[image], gt_labels[image][chosen.clamp(min=0)].long(), num_classes)
             boxes = gt_boxes[image][chosen.clamp(min=0)]
-        target = boxes if reg_decoded_bbox else encode.__wrapped__(anchors, boxes, means=means, stds=stds)  # type: ignore[attr-defined]
+        target = boxes if reg_decoded_bbox else unchecked(encode)(anchors, boxes, means=means, stds=stds)
         images.append(torch.where(positive[image][:, None], target, 0.0))
     one = anchors.new_tensor(1.0)
     of_positives = anchors.new_tensor(pos_weight) if pos_weight > 0 else one

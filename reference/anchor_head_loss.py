@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from detoracle.reference.anchor_head_terms import (
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
-from detoracle.reference.contract import operation
+from detoracle.reference.contract import operation, unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 
 __all__ = ["Batch", "Options", "loss"]
@@ -342,7 +342,7 @@ def _samples(options: Options) -> bool:
 
 def _sampled(gt_index: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Positives and background (B, A) that are trained."""
-    positive, negative, _ = sample.__wrapped__(  # type: ignore[attr-defined]
+    positive, negative, _ = unchecked(sample)(
         gt_index,
         sampler="random" if _samples(options) else "pseudo",
         seed=options.seed,
@@ -357,7 +357,7 @@ def _sampled(gt_index: Tensor, options: Options) -> tuple[Tensor, Tensor]:
 def _targets(
     gt_index: Tensor, batch: Batch, positive: Tensor, negative: Tensor, num_classes: int, options: Options
 ) -> tuple[Tensor, ...]:
-    return targets.__wrapped__(  # type: ignore[attr-defined,no-any-return]
+    return unchecked(targets)(
         batch.anchors,
         gt_index,
         batch.gt_boxes,
@@ -377,23 +377,23 @@ def _predicted(anchors: Tensor, deltas: Tensor, options: Options) -> Tensor:
     if not options.reg_decoded_bbox:
         return deltas
     return torch.stack(
-        [decode.__wrapped__(anchors, image, means=options.means, stds=options.stds) for image in deltas.unbind()]  # type: ignore[attr-defined]
+        [unchecked(decode)(anchors, image, means=options.means, stds=options.stds) for image in deltas.unbind()]
     )
 
 
 def _class_loss(scores: Tensor, labels: Tensor, weights: Tensor, divisor: float, options: Options) -> Tensor:
-    given = {"weight": weights, "avg_factor": divisor, "loss_weight": options.class_loss_weight}
+    given: dict[str, Any] = {"weight": weights, "avg_factor": divisor, "loss_weight": options.class_loss_weight}
     if options.class_loss == "focal":
-        return sigmoid_focal_loss.__wrapped__(scores, labels, **given, gamma=options.gamma, alpha=options.alpha)  # type: ignore[attr-defined,no-any-return]
+        return unchecked(sigmoid_focal_loss)(scores, labels, **given, gamma=options.gamma, alpha=options.alpha)
     term = cross_entropy if options.class_loss == "cross_entropy" else sigmoid_cross_entropy
-    settings = {"class_weight": options.class_weight, "ignore_index": options.ignore_index}
-    return term.__wrapped__(scores, labels, **given, **settings)  # type: ignore[attr-defined,no-any-return]
+    settings: dict[str, Any] = {"class_weight": options.class_weight, "ignore_index": options.ignore_index}
+    return unchecked(term)(scores, labels, **given, **settings)
 
 
 def _box_loss(predicted: Tensor, target: Tensor, weights: Tensor, divisor: float, options: Options) -> Tensor:
-    given = {"weight": weights, "avg_factor": divisor, "loss_weight": options.box_loss_weight}
+    given: dict[str, Any] = {"weight": weights, "avg_factor": divisor, "loss_weight": options.box_loss_weight}
     if options.box_loss == "smooth_l1":
-        return smooth_l1_loss.__wrapped__(predicted, target, **given, beta=options.beta)  # type: ignore[attr-defined,no-any-return]
+        return unchecked(smooth_l1_loss)(predicted, target, **given, beta=options.beta)
     if options.box_loss == "giou":
-        return giou_loss.__wrapped__(predicted, target, **given, eps=options.eps)  # type: ignore[attr-defined,no-any-return]
-    return l1_loss.__wrapped__(predicted, target, **given)  # type: ignore[attr-defined,no-any-return]
+        return unchecked(giou_loss)(predicted, target, **given, eps=options.eps)
+    return unchecked(l1_loss)(predicted, target, **given)

@@ -13,7 +13,7 @@ from detoracle.reference.anchor_head_boxes import SOURCE
 from detoracle.reference.anchor_head_loss import Batch, Options, _predicted, _rows, _taking_part, _targets
 from detoracle.reference.anchor_head_terms import cross_entropy, smooth_l1_loss, weighted
 from detoracle.reference.assignment import BACKGROUND
-from detoracle.reference.contract import operation
+from detoracle.reference.contract import operation, unchecked
 
 __all__ = ["ssd_loss"]
 
@@ -179,9 +179,9 @@ class _SsdRows:
         labels, label_weights, box_targets, box_weights, num_positives, _ = _targets(
             gt_index, batch, gt_index >= 0, gt_index == BACKGROUND, columns - 1, options
         )
-        flat = cross_entropy.__wrapped__(scores.flatten(0, 1), labels.flatten(), reduction="none")  # type: ignore[attr-defined]
+        flat = unchecked(cross_entropy)(scores.flatten(0, 1), labels.flatten(), reduction="none")
         predicted = _predicted(batch.anchors, deltas, options).flatten(0, 1)
-        box = smooth_l1_loss.__wrapped__(  # type: ignore[attr-defined]
+        box = unchecked(smooth_l1_loss)(
             predicted, box_targets.flatten(0, 1), box_weights.flatten(0, 1), beta=options.beta, reduction="none"
         )
         classification = flat.reshape(labels.shape) * label_weights

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detoracle.reference.anchor_head_boxes import SOURCE
 from detoracle.reference.boxes import overlaps_mmdet
-from detoracle.reference.contract import operation
+from detoracle.reference.contract import operation, unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 
 __all__ = [
@@ -447,5 +447,5 @@ def giou_loss(
     if weight is not None and reduction != "none" and not int((weight > 0).sum()):
         return (predicted * (weight if weight.ndim == 2 else weight[:, None])).sum()
     each = weight.mean(-1) if weight is not None and weight.ndim == 2 else weight
-    overlap = overlaps_mmdet.__wrapped__(predicted, target, mode="giou", aligned=True, eps=eps)  # type: ignore[attr-defined]
+    overlap = unchecked(overlaps_mmdet)(predicted, target, mode="giou", aligned=True, eps=eps)
     return weighted(1 - overlap, each, reduction=reduction, avg_factor=avg_factor) * loss_weight

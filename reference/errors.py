@@ -48,7 +48,7 @@ class InputError(DetoracleError, ValueError):
     """An argument or a file does not meet its contract."""
 
 
-class UpstreamRaises(DetoracleError):
+class UpstreamRaises(DetoracleError):  # noqa: N818  it reports no mistake, but what the published code does
     """The published code raises here, and so does the oracle: a named behaviour, not an accident.
 
     Parameters

@@ -111,9 +111,8 @@ def test_wheel_holds_every_file_of_the_packages(unpacked: Path) -> None:
 
 
 def test_every_package_is_listed() -> None:
-    folders = [file.parent.relative_to(ROOT) for file in PACKAGE_FILES if file.name == "__init__.py"]
-    names = [".".join(folder.parts) for folder in folders]
-    assert sorted(PACKAGES) == sorted(name if name == "detoracle" else f"detoracle.{name}" for name in names)
+    names = [_import_name(file) for file in PACKAGE_FILES if file.name == "__init__.py"]
+    assert sorted(PACKAGES) == sorted(names)
 
 
 def test_every_folder_of_modules_is_a_package() -> None:

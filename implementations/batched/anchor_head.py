@@ -1,8 +1,8 @@
 """The anchor head on whole batches: every image, ground truth and anchor at once.
 
-Trades memory, (B, G, A) overlaps, for having no loop over images or ground truths and no host synchronisation. The random
-sampler is the exception: its seeded draw is defined on the host, one image after the other. An image without an anchor
-inside trains nothing (the oracle raises); labels are not checked.
+Trades memory, (B, G, A) overlaps, for having no loop over images or ground truths and no host synchronisation. The
+random sampler is the exception: its seeded draw is defined on the host, one image after the other. An image without an
+anchor inside trains nothing (the oracle raises); labels are not checked.
 """
 
 from __future__ import annotations

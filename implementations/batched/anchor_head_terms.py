@@ -1,4 +1,4 @@
-"""The anchor head's loss terms: dense rows, no loop, weighted and reduced as the operations in `detoracle.reference` say."""
+"""The anchor head's loss terms: dense rows, no loop, weighted and reduced as `detoracle.reference` says."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""RTMDet's assignment over the whole batch at once: padded, masked, of fixed shapes, and without waiting for the device.
+"""RTMDet's assignment over the whole batch at once: padded, masked, of fixed shapes, never waiting for the device.
 
 Arguments, results and their meaning are those of the operations in `detoracle.reference.rtmdet`; the losses are in
-`detoracle.implementations.batched.rtmdet_loss`. No image and no ground truth has a Python iteration of its own, no value
-is read back to the host and no shape depends on the data, so that every function compiles into one graph.
+`detoracle.implementations.batched.rtmdet_loss`. No image and no ground truth has a Python iteration of its own, no
+value is read back to the host and no shape depends on the data, so that every function compiles into one graph.
 
 What makes it fast:
 
@@ -10,8 +10,8 @@ What makes it fast:
   for each prior, so that the class cost needs (B, C, A) + (B, G, A) logarithms and not (B, G, A, C);
 - a ground truth claims at most top-k priors, so one top-k of the costs replaces sorting them.
 
-What differs from the oracle: arguments are not checked; a ground truth of a class that does not exist takes no part (the
-oracle raises); among equal costs, top-k chooses. Two infinite logits of one prior make its costs NaN (infinite).
+What differs from the oracle: arguments are not checked; a ground truth of a class that does not exist takes no part
+(the oracle raises); among equal costs, top-k chooses. Two infinite logits of one prior make its costs NaN (infinite).
 """
 
 from __future__ import annotations
@@ -96,7 +96,14 @@ def cost(
 ) -> tuple[Tensor, Tensor]:
     """Cost and IoU of every pair, (B, G, A); inf and 0 for padding and for priors that are no candidates."""
     total, iou = _cost(
-        class_logits.mT, boxes, priors, gt_boxes, gt_labels, _centers(gt_boxes, gt_masks), soft_center_radius, iou_weight
+        class_logits.mT,
+        boxes,
+        priors,
+        gt_boxes,
+        gt_labels,
+        _centers(gt_boxes, gt_masks),
+        soft_center_radius,
+        iou_weight,
     )
     excluded = ~_pairs(candidate, _with_class(gt_labels, gt_valid, class_logits.shape[-1]))
     return total.to(iou.dtype).masked_fill(excluded, torch.inf), iou.masked_fill(excluded, 0.0)
@@ -118,7 +125,9 @@ def _centers(gt_boxes: Tensor, gt_masks: Tensor | None) -> Tensor:
         return (gt_boxes[..., :2] + gt_boxes[..., 2:]) / 2
     along_x, along_y = (gt_masks.sum(side, dtype=torch.float32) for side in (-2, -1))
     mass = along_x.sum(-1) + 1e-6
-    means = [(along * torch.arange(along.shape[-1], device=along.device)).sum(-1) / mass for along in (along_x, along_y)]
+    means = [
+        (along * torch.arange(along.shape[-1], device=along.device)).sum(-1) / mass for along in (along_x, along_y)
+    ]
     return torch.stack(means, dim=-1)
 
 
@@ -144,8 +153,8 @@ def _class_cost(class_logits: Tensor, gt_labels: Tensor, iou: Tensor) -> Tensor:
     """Quality focal loss over all classes of each pair, (B, G, A), from logits (B, C, A).
 
     What every class costs a prior as "another class" is summed once, and each ground truth takes that of its own class
-    off again. Where that one is most of the sum, nothing but rounding error would be left: the largest is therefore kept
-    out of the sum.
+    off again. Where that one is most of the sum, nothing but rounding error would be left: the largest is therefore
+    kept out of the sum.
     """
     as_other = (class_logits - F.logsigmoid(class_logits)) * torch.sigmoid(class_logits) ** 2
     largest, its_class = (t[:, None] for t in as_other.max(1))
@@ -220,9 +229,7 @@ def assign(
     [[-1, -1, -1, 0]]
     """
     counted, centers = _with_class(gt_labels, gt_valid, class_logits.shape[-1]), _centers(gt_boxes, gt_masks)
-    pair_cost, iou = _cost(
-        class_logits.mT, boxes, priors, gt_boxes, gt_labels, centers, soft_center_radius, iou_weight
-    )
+    pair_cost, iou = _cost(class_logits.mT, boxes, priors, gt_boxes, gt_labels, centers, soft_center_radius, iou_weight)
     eligible = _pairs(candidates(priors, inside, gt_boxes, counted), counted)
     gt_index, quality, dynamic_k = _match(pair_cost, iou, eligible, topk)
     unmatched = torch.where(eligible.flatten(1).any(1, keepdim=True), _UNMATCHED_OVERLAP, 0.0).to(quality.dtype)

@@ -10,8 +10,8 @@ What makes it fast:
   class loss needs no (B, A, C) targets;
 - channels stay before priors: head maps are joined without transposing them.
 
-What differs from the oracle: arguments are not checked; half-precision logits are computed with in float32, and an image
-without a valid prior trains nothing (the oracle raises in both).
+What differs from the oracle: arguments are not checked; half-precision logits are computed with in float32, and an
+image without a valid prior trains nothing (the oracle raises in both).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LOGIT_EPS = 1e-5
 # -------------------------------------------------------------------------------------------------------- logits
 @implements("rtmdet.joint_logits", name="batched")
 def joint_logits(class_logits: Tensor, objectness_logits: Tensor) -> Tensor:
-    """Logit of the geometric mean of two probabilities (...); masks where it is 0, for a square root has no slope there."""
+    """Logit of the geometric mean of two probabilities (...); masks where it is 0: a square root has no slope there."""
     product = torch.sigmoid(class_logits) * torch.sigmoid(objectness_logits)
     nothing = product == 0
     mean = product.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
@@ -174,7 +174,7 @@ def loss(
     box_loss_weight: float = 2.0,
     giou_eps: float = 1e-6,
 ) -> dict[str, Tensor]:
-    """Training loss of a batch: total, and classification and box of each level; only a list of positives has boxes to train.
+    """Training loss of a batch: total, and classification and box of each level; lists positives to train boxes.
 
     Examples
     --------
@@ -218,7 +218,7 @@ def loss(
     own = _focal(logits.flatten(1).gather(1, place), quality, False, beta)
     rows = entries.scatter_(1, place, own).view_as(logits).sum(1)
     rows = rows * _label_weights(assignment.gt_index, pos_weight, gt_boxes)
-    classification = torch.stack([level.sum() for level in rows.split(lengths, dim=1)]) / (1 + _AVERAGE_EPS)
+    classification = torch.stack([level.sum() for level in torch.split(rows, lengths, dim=1)]) / (1 + _AVERAGE_EPS)
 
     gt_box = gt_boxes.take_along_dim(matched[..., None], 1)
     box = _box_losses(boxes, lengths, anchor, listed, gt_box, quality, box_loss_weight, giou_eps)
@@ -258,7 +258,7 @@ def _box_losses(
     rows = _giou_rows(chosen.where(trained, 1.0), gt_box.where(trained, 1.0), eps) * quality
     value = loss_weight * rows.where(in_level, 0.0).sum((1, 2)) / (1 + _AVERAGE_EPS)
     unweighted = (chosen * quality[..., None]).sum(-1).where(in_level, 0.0).sum((1, 2))
-    nothing = torch.stack([level.sum() for level in boxes.split(lengths, dim=1)]) * 0
+    nothing = torch.stack([level.sum() for level in torch.split(boxes, lengths, dim=1)]) * 0
     return value.where(weighted, unweighted.where(populated, nothing))
 
 

@@ -1,9 +1,9 @@
 """YOLOv8 over the whole batch at once: padded, masked, of fixed shapes, and without waiting for the device.
 
 Arguments, results and their meaning are those of the operations in `detoracle.reference.yolov8`,
-`detoracle.reference.yolov8_loss` and `detoracle.reference.boxes`. No image and no ground truth has a Python iteration of
-its own, and but for `pad_targets`, whose result is as wide as the data say, no value is read back to the host and no
-shape depends on the data, so that every function compiles into one graph.
+`detoracle.reference.yolov8_loss` and `detoracle.reference.boxes`. No image and no ground truth has a Python iteration
+of its own, and but for `pad_targets`, whose result is as wide as the data say, no value is read back to the host and
+no shape depends on the data, so that every function compiles into one graph.
 
 What makes it fast:
 
@@ -142,7 +142,7 @@ def align(
     alpha: float = 0.5,
     beta: float = 6.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Alignment metric, overlap and "inside" of every pair, (B, G, A) each; pairs that do not count are masked after."""
+    """Alignment metric, overlap and "inside" of every pair, (B, G, A) each; works out all pairs, then masks them."""
     own = _of_class(scores.mT, gt_labels)
     counted = _with_class(gt_labels, gt_valid, scores.shape[-1])
     return _align(own, boxes.unbind(-1), anchor_points, gt_boxes, counted, alpha, beta)
@@ -246,7 +246,7 @@ def dfl_decode(box_logits: Tensor) -> Tensor:
     bins = box_logits.shape[-1] // 4
     if bins == 1:
         return box_logits
-    probability = box_logits.unflatten(-1, (4, bins)).softmax(-1)
+    probability = torch.unflatten(box_logits, -1, (4, bins)).softmax(-1)
     return (probability * torch.arange(bins, dtype=box_logits.dtype, device=box_logits.device)).sum(-1)
 
 
@@ -268,7 +268,7 @@ def dfl_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
     >>> dfl_loss(torch.zeros(5, 4 * 16), torch.full((5, 4), 99.0)).shape
     torch.Size([5])
     """
-    return _dfl(box_logits.unflatten(-1, (4, -1)), distances)
+    return _dfl(torch.unflatten(box_logits, -1, (4, -1)), distances)
 
 
 def _dfl(logits: Tensor, distances: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ def loss(
     cls_gain: float = 0.5,
     dfl_gain: float = 1.5,
 ) -> dict[str, Tensor]:
-    """Training loss of a batch: total, box, cls, dfl; decodes all boxes to assign them, and the listed ones to train them.
+    """Training loss of a batch: total, box, cls, dfl; decodes all boxes to assign, and the positives again to train.
 
     Examples
     --------
@@ -325,7 +325,7 @@ def loss(
     box = ((1 - ciou) * weight).sum(dtype=dtype)
     dfl = torch.zeros_like(box)
     if reg_max > 1:
-        logits = chosen[:, :channels].mT.unflatten(-1, (4, reg_max))
+        logits = torch.unflatten(chosen[:, :channels].mT, -1, (4, reg_max))
         dfl = (_dfl(logits, bbox2dist(point, target, reg_max=reg_max)) * weight).sum(dtype=dtype)
     # Cross entropy with target t is softplus(x) - x t, and t is above 0 for one class of each positive.
     label = gt_labels.long().gather(1, matched).clamp(0, num_classes - 1)
@@ -352,7 +352,7 @@ def _assigned(
     beta: float,
 ) -> tuple[Tensor, Tensor]:
     """Ground truth and quality (B, A) of each anchor, from detached predictions (B, 4*R+C, A)."""
-    box_logits, class_logits = flat.split([4 * reg_max, flat.shape[1] - 4 * reg_max], dim=1)
+    box_logits, class_logits = flat[:, : 4 * reg_max], flat[:, 4 * reg_max :]
     box = [(side * stride).to(gt_boxes.dtype) for side in _decoded(box_logits, points)]
     counted = _with_class(gt_labels, gt_valid & (gt_boxes.sum(-1) > 0), class_logits.shape[1])
     score = _of_class(class_logits, gt_labels).sigmoid()

@@ -219,7 +219,7 @@ def _match(cost: Tensor, iou: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor,
     claims = below | (tied & (tied.cumsum(-1, dtype=torch.int32) <= vacant))
 
     claimants = claims.sum(1)
-    winner = torch.where(claimants > 1, cost.nan_to_num(nan=torch.inf).min(1).indices, claims.byte().max(1).indices)
+    winner = torch.where(claimants > 1, cost.min(1).indices, claims.byte().max(1).indices)
     matched_iou = iou.gather(1, winner[:, None])[:, 0]
     assigned = claimants > 0
     return (

@@ -151,7 +151,7 @@ def _iou(box: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _centre_of_mass(mask: Tensor) -> Tensor:
-    """x and y (2,) of the mean pixel of a mask (H, W)."""
+    """Mean pixel (2,), x and y, of a mask (H, W)."""
     row, column = mask.nonzero(as_tuple=True)
     pixels = len(row) + 1e-6
     return torch.stack([column.sum() / pixels, row.sum() / pixels])

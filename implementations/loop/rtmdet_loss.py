@@ -3,8 +3,8 @@
 Arguments, results and their meaning are those of the operations in `detoracle.reference.rtmdet_loss` and
 `detoracle.reference.rtmdet_head`; the assignment before them is in `detoracle.implementations.loop.rtmdet`.
 
-What differs from the oracle: arguments are not checked; half-precision logits are computed with as they are, and an image
-without a valid prior trains nothing (the oracle raises in both).
+What differs from the oracle: arguments are not checked; half-precision logits are computed with as they are, and an
+image without a valid prior trains nothing (the oracle raises in both).
 """
 
 from __future__ import annotations
@@ -85,10 +85,7 @@ def qfl(
     rows = torch.zeros_like(predicted[:, 0])
     for label in range(predicted.shape[1]):
         column = predicted[:, label]
-        if labels is None:
-            target = quality[:, label]
-        else:
-            target = torch.where(labels == label, quality, 0)
+        target = quality[:, label] if labels is None else torch.where(labels == label, quality, 0)
         if activated:
             probability = column
             entropy = F.binary_cross_entropy(column, target, reduction="none")

@@ -220,8 +220,10 @@ def assign(
 def _quality(gt_index: Tensor, metric: Tensor, overlap: Tensor) -> Tensor:
     """Metric (A,) of one image's positives, scaled so that each ground truth's best one gets its best overlap."""
     quality = metric.new_zeros(gt_index.shape)
-    for g in gt_index[gt_index >= 0].unique().tolist():
+    for g in range(len(metric)):
         mine = gt_index == g
+        if not mine.any():
+            continue
         best_metric = metric[g, mine].max()
         best_overlap = overlap[g, mine].max()
         quality[mine] = metric[g, mine] * best_overlap / (best_metric + 1e-9)
@@ -239,7 +241,7 @@ def dfl_decode(box_logits: Tensor) -> Tensor:
         return box_logits
     distance = torch.arange(bins, dtype=box_logits.dtype, device=box_logits.device)
     sides = []
-    for logits in box_logits.split(bins, dim=-1):
+    for logits in box_logits.chunk(4, dim=-1):
         probability = torch.softmax(logits, dim=-1)
         sides.append((probability * distance).sum(-1))
     return torch.stack(sides, dim=-1)
@@ -257,9 +259,8 @@ def bbox2dist(anchor_points: Tensor, boxes: Tensor, *, reg_max: int = 16) -> Ten
 @implements("yolov8.dfl_loss", name="loop")
 def dfl_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
     """Distribution focal loss (N,): cross entropy to the two bins next to each distance, a side at a time."""
-    bins = box_logits.shape[1] // 4
     total = box_logits.new_zeros(len(box_logits))
-    for side, logits in enumerate(box_logits.split(bins, dim=1)):
+    for side, logits in enumerate(box_logits.chunk(4, dim=1)):
         target = distances[:, side]
         left = target.floor()
         right = left + 1

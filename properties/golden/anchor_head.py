@@ -17,6 +17,7 @@ from detoracle.reference.anchor_head import Thresholds
 from detoracle.reference.anchor_head_loss import Batch, Options
 from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.boxes import overlaps_mmdet
+from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain.anchor_head import explain_assign
 from detoracle.reference.explain.anchor_head_loss import _bounded, explain_ssd_loss, loss_given, ssd_loss_given
@@ -172,7 +173,7 @@ def _assignment(scene: Recorded, image: int, arguments: dict[str, Any]) -> Itera
     """Overlaps and assignment of one image, each from the recorded results of the stage before."""
     inside, overlaps = scene.tensor(f"out/inside_flags.{image}"), scene.tensor(f"out/overlaps.{image}")
     boxes, present = arguments["anchors"][inside], arguments["gt_valid"][image]
-    expected: Any = overlaps_mmdet.__wrapped__(_exact(arguments["gt_boxes"][image, present]), _exact(boxes))  # type: ignore[attr-defined]
+    expected: Any = unchecked(overlaps_mmdet)(_exact(arguments["gt_boxes"][image, present]), _exact(boxes))
     if scene.has(f"out/ignore_max_overlaps.{image}"):
         regions = arguments["ignore_boxes"][image, arguments["ignore_valid"][image]]
         share = scene.tensor(f"out/ignore_max_overlaps.{image}")
@@ -249,7 +250,7 @@ def _losses(scene: Recorded, arguments: dict[str, Any], recorded: Tensor) -> Ite
         yield units.judged("hard_negatives", ours, recorded, explain_ssd_loss(**arguments, dtype=dtype))
     bounded = given(recorded, **arguments, dtype=dtype)
     for name, part in (("loss_cls", "classification"), ("loss_bbox", "box")):
-        for number, value in enumerate(bounded[part].unbind()):  # type: ignore[attr-defined]
+        for number, value in enumerate(bounded[part].unbind()):
             yield within(f"{name}.{number}", scene.tensor(f"out/{name}.{number}").reshape(()), value)
     yield within("loss_total", scene.tensor("out/loss_total").reshape(()), bounded["total"])
     plain, fine = _gradients(given, recorded, arguments), _gradients(given, recorded, _in_double(arguments))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from detoracle.reference.anchor_head_boxes import anchors, ssd_anchors, ssd_sizes
+from detoracle.reference.contract import unchecked
 
 __all__ = [
     "anchors_from",
@@ -31,12 +32,12 @@ def anchors_from(generator: Mapping[str, Any], sizes: Sequence[tuple[int, ...]],
     """Anchors of all levels, by the generator's unchecked function, so that `like` may be bounded."""
     settings = dict(generator)
     if settings.pop("type") != _ANCHOR_SSD:
-        return anchors.__wrapped__(sizes, like=like, **settings)  # type: ignore[attr-defined]
+        return unchecked(anchors)(sizes, like=like, **settings)
     if "input_size" in settings:
         settings["min_sizes"], settings["max_sizes"] = ssd_sizes(
             settings.pop("input_size"), settings.pop("basesize_ratio_range"), len(settings["strides"])
         )
-    return ssd_anchors.__wrapped__(sizes, like=like, **{"scale_major": True, **settings})  # type: ignore[attr-defined]
+    return unchecked(ssd_anchors)(sizes, like=like, **{"scale_major": True, **settings})
 
 
 def assigning(assigner: Mapping[str, Any], *, thresholds_only: bool = False) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from detoracle.properties.golden.vectors import Recorded
 from detoracle.reference import anchor_head, anchor_head_boxes, anchor_head_terms
 from detoracle.reference.anchor_head import Thresholds
 from detoracle.reference.assignment import BACKGROUND, IGNORED
+from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.explain.explanation import Explanation
 from detoracle.reference.rounding import Bounded
 
 __all__ = ["anchor_stages", "as_gt_index", "assignment_stages", "judged", "stages"]
 
-_TERMS = {
+_TERMS: dict[str, Callable[..., Any]] = {
     "focal": anchor_head_terms.sigmoid_focal_loss,
     "cross_entropy": anchor_head_terms.cross_entropy,
     "sigmoid_cross_entropy": anchor_head_terms.sigmoid_cross_entropy,
@@ -147,7 +148,7 @@ def _coder(scene: Recorded) -> Iterator[StageCheck]:
     coder, anchors = cfg.get("coder", {}), scene.tensor("in/anchors")
     if scene.has("out/encode"):
         pair = _exact(anchors), _exact(scene.tensor("in/gt"))
-        encoded: Any = anchor_head_boxes.encode.__wrapped__(*pair, **coding(coder))  # type: ignore[attr-defined]
+        encoded: Any = unchecked(anchor_head_boxes.encode)(*pair, **coding(coder))
         yield within("encode", scene.tensor("out/encode"), encoded)
     settings = coding(coder)
     if coder.get("clip_border", True) and "max_shape" in cfg:
@@ -157,7 +158,7 @@ def _coder(scene: Recorded) -> Iterator[StageCheck]:
     if coder.get("add_ctr_clamp"):
         settings["center_clamp"] = coder["ctr_clamp"]
     deltas = scene.tensor("in/deltas")
-    decoded: Any = anchor_head_boxes.decode.__wrapped__(_exact(anchors), _exact(deltas), **settings)  # type: ignore[attr-defined]
+    decoded: Any = unchecked(anchor_head_boxes.decode)(_exact(anchors), _exact(deltas), **settings)
     yield within("decode", scene.tensor("out/decode"), decoded)
     if scene.has("out/decode_grad"):
         plain, fine = (
@@ -254,7 +255,7 @@ def _losses(scene: Recorded) -> Iterator[StageCheck]:
         reducing = {"reduction": reduction or "mean", "avg_factor": avg_factor, **settings}
 
         def term(given: Any, *, weights: Any, against: Tensor = target, reducing: dict[str, Any] = reducing) -> Any:
-            return _TERMS[kind].__wrapped__(given, against, weights, **reducing)  # type: ignore[attr-defined]
+            return unchecked(_TERMS[kind])(given, against, weights, **reducing)
 
         bounded = term(_exact(predicted), weights=_exact(weight) if weighs else None)
         yield within(f"{number}.value", scene.tensor(f"out/{number}.value"), bounded)

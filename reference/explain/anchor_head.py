@@ -14,6 +14,7 @@ from detoracle.reference import anchor_head
 from detoracle.reference.anchor_head import Thresholds
 from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.boxes import _shared_areas, overlaps_mmdet
+from detoracle.reference.contract import unchecked
 from detoracle.reference.explain.anchor_head_claims import Claim, ClaimingWorld
 from detoracle.reference.explain.explanation import Explanation, World, worlds_of
 from detoracle.reference.rounding import Bounded, Decision
@@ -116,9 +117,9 @@ class _Overlaps:
     boxes: Bounded
 
     @classmethod
-    def of(cls, ground_truths: Bounded, boxes: Bounded, taking_part: Tensor) -> _Overlaps:
+    def of(cls, ground_truths: Any, boxes: Any, taking_part: Tensor) -> _Overlaps:
         """Overlap ground truths with boxes."""
-        iou: Any = overlaps_mmdet.__wrapped__(ground_truths, boxes)  # type: ignore[attr-defined]
+        iou: Any = unchecked(overlaps_mmdet)(ground_truths, boxes)
         all_ = cls(iou, iou.lower.clamp(min=0), iou.upper, ground_truths, boxes)
         return all_._with(~taking_part, -math.inf)
 

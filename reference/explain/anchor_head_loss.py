@@ -175,7 +175,7 @@ def explain_ssd_loss(
     --------
     >>> boxes, one = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8]]), torch.ones(1, 1, dtype=torch.bool)
     >>> maps, shape = ([torch.zeros(1, 2, 1, 2)], [torch.zeros(1, 4, 1, 2)]), torch.tensor([[8, 16]])
-    >>> given = *maps, [boxes], boxes[None, :1], torch.zeros(1, 1, dtype=torch.int64), one, shape, shape
+    >>> given = *maps, boxes, boxes[None, :1], torch.zeros(1, 1, dtype=torch.int64), one, shape, shape
     >>> explain_ssd_loss(*given, strides=[8]).gt_index.tolist()
     [[0, -1]]
     """
@@ -236,7 +236,7 @@ def ssd_loss_given(
     --------
     >>> boxes, one = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8]]), torch.ones(1, 1, dtype=torch.bool)
     >>> maps, shape = ([torch.zeros(1, 2, 1, 2)], [torch.zeros(1, 4, 1, 2)]), torch.tensor([[8, 16]])
-    >>> given = *maps, [boxes], boxes[None, :1], torch.zeros(1, 1, dtype=torch.int64), one, shape, shape
+    >>> given = *maps, boxes, boxes[None, :1], torch.zeros(1, 1, dtype=torch.int64), one, shape, shape
     >>> float(ssd_loss_given(torch.tensor([[0, -2]]), *given, strides=[8], dtype=None)["total"]) < 0.7
     True
     """

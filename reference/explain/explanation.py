@@ -1,6 +1,6 @@
 """What an assignment could rightly be: the outcomes that rounding leaves open, and the margins of all others.
 
-An oracle's ``explain_*`` function returns an `Explanation`: per image one or more `World`\\ s (one for every way in
+An oracle's ``explain_*`` function returns an `Explanation`: per image at least one `World` (one for every way in
 which ambiguous candidate decisions can fall), each with the admissible outcomes of every anchor and the counts
 that every ground truth's claims must meet. An implementation is right where *one* world admits its whole image.
 """

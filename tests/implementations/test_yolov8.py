@@ -32,7 +32,6 @@ CHOSEN = [
     "ragged-full",
     "empty-first",
     "empty-all",
-    "empty-single",
     "crowd",
     "identical-other-class",
     "many-claims-few-anchors",
@@ -42,7 +41,6 @@ CHOSEN = [
     "degenerate-pair",
     "inverted-both",
     "no-overlap",
-    "odd-72x104",
     "one-anchor",
     "extreme-logits-200",
     "nan-box",
@@ -51,7 +49,7 @@ CHOSEN = [
     "inf-class",
     "label-minus-one",
 ]
-SCENES = [*(EDGE[name] for name in CHOSEN), *random_scenes(4, seed=3)]
+SCENES = [*(EDGE[name] for name in CHOSEN), *random_scenes(3, seed=3)]
 TARGETS = ("gt_boxes", "gt_labels", "gt_valid")
 
 
@@ -66,13 +64,16 @@ def verdict(operation: str, call: Callable[..., Any], arguments: dict[str, Any])
 
 
 def wrong_cases(
-    operation: Operation, scene: Scene, call: Callable[..., Any], dtype: torch.dtype = torch.float32
+    operation: Operation, scene: Scene, *calls: Callable[..., Any], dtype: torch.dtype = torch.float32
 ) -> list[str]:
-    results = [
-        judge_case(case, expect(YOLOV8, operation, case.arguments), partial(perform, operation, call))
-        for case in cases(YOLOV8, operation, scene, dtype=dtype)
-    ]
-    return [f"{result.case.name}: {result.verdict.findings}" for result in results if result.verdict.wrong]
+    wrong = []
+    for case in cases(YOLOV8, operation, scene, dtype=dtype):
+        expectation = expect(YOLOV8, operation, case.arguments)
+        for call in calls:
+            found = judge_case(case, expectation, partial(perform, operation, call)).verdict
+            if found.wrong:
+                wrong.append(f"{call}, {case.name}: {found.findings}")
+    return wrong
 
 
 def arguments_of(scene: str | Scene, operation: str) -> dict[str, Any]:
@@ -81,18 +82,17 @@ def arguments_of(scene: str | Scene, operation: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_right(kind: str, operation: Operation) -> None:
-    call = implementation(KINDS[kind], operation.name)
-    assert [wrong for scene in SCENES for wrong in wrong_cases(operation, scene, call)] == []
+def test_right(operation: Operation) -> None:
+    both = [implementation(module, operation.name) for module in KINDS.values()]
+    assert [wrong for scene in SCENES for wrong in wrong_cases(operation, scene, *both)] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_right_in_other_dtypes(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scene", ["single", "whole-image"])
+def test_right_in_other_dtypes(scene: str, dtype: torch.dtype) -> None:
     for operation in YOLOV8.operations:
-        call = implementation(KINDS[kind], operation.name)
-        assert wrong_cases(operation, EDGE["ragged-full"], call, dtype) == []
+        both = [implementation(module, operation.name) for module in KINDS.values()]
+        assert wrong_cases(operation, EDGE[scene], *both, dtype=dtype) == []
 
 
 @pytest.mark.parametrize("module", KINDS.values(), ids=KINDS)
@@ -114,8 +114,8 @@ def test_half_precision_maps_go_with_single_precision_boxes(module: ModuleType) 
 @pytest.mark.parametrize("module", KINDS.values(), ids=KINDS)
 def test_rows_outside_the_batch_are_dropped_but_counted(module: ModuleType) -> None:
     image = torch.tensor([5, 0, -1, 5, 5])
-    given = {"batch_index": image, "labels": image.abs(), "boxes": torch.full((5, 4), 0.5)}
-    given |= {"batch_size": 2, "image_size": [64, 32]}
+    rows = {"batch_index": image, "labels": image.abs(), "boxes": torch.full((5, 4), 0.5)}
+    given = {**rows, "batch_size": 2, "image_size": [64, 32]}
     assert verdict("yolov8.pad_targets", module.pad_targets, given).status == "equal"
 
 
@@ -184,7 +184,11 @@ def perform_backward(call: Callable[..., Any], arguments: dict[str, Any], names:
 @pytest.mark.parametrize("operation", sorted(OPERATIONS.keys() - {"yolov8.pad_targets"}))
 def test_batched_is_one_graph(operation: str) -> None:
     call = implementation(batched, operation)
-    compiled = torch.compile(call, fullgraph=True, backend="eager")
+
+    def compiled(**given: Any) -> Any:
+        torch.compiler.reset()  # every setting is another graph, and their number is limited
+        return torch.compile(call, fullgraph=True, backend="eager")(**given)
+
     assert wrong_cases(OPERATIONS[operation], EDGE["ragged-full"], compiled) == []
     torch.compiler.reset()
 
@@ -258,7 +262,7 @@ def trains_the_assignment(**given: Any) -> Any:
         ("yolov8.align", "ragged-full", partial(batched.align, alpha=1.0)),
         ("yolov8.align", "ragged-full", partial(batched.align, beta=5.9)),
         ("yolov8.assign", "crowd", partial(batched.assign, topk=9)),
-        ("yolov8.assign", "crowd", partial(batched.assign, topk=13)),
+        ("yolov8.assign", "ragged-full", partial(batched.assign, topk=13)),
         ("yolov8.assign", "crowd", conflict_by_metric),
         ("yolov8.assign", "single", unscaled),
         ("yolov8.assign", "single", partial(with_targets, lambda extra: {"labels": extra["labels"] + 1})),

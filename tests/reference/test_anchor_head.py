@@ -110,7 +110,7 @@ def test_assign_equals_plain_loops(
 def test_the_thresholds_include_their_lower_ends() -> None:
     half, quarter = [0.0, 0, 8, 4], [8.0, 0, 12, 4]  # IoUs 1/2 and 1/4 exactly
     for claims in (True, False):
-        rules = {"neg_iou_thr": 0.25, "match_low_quality": claims, "min_pos_iou": 0.3}
+        rules: dict[str, Any] = {"neg_iou_thr": 0.25, "match_low_quality": claims, "min_pos_iou": 0.3}
         assert assigned([half, quarter], pos_iou_thr=0.5, **rules) == [0, -2, -1, -1]
     assert assigned([half], pos_iou_thr=0.5 + 2**-20, match_low_quality=False) == [-2, -1, -1, -1]
     assert assigned([quarter], neg_iou_thr=0.25 + 2**-20, match_low_quality=False) == [-1, -1, -1, -1]
@@ -289,7 +289,7 @@ def test_added_ground_truths_are_drawn_before_the_anchors() -> None:
 
 @pytest.mark.parametrize("missing", ["gt_labels", "gt_valid"])
 def test_added_ground_truths_need_labels(missing: str) -> None:
-    given = {"gt_labels": torch.zeros(1, 1, dtype=torch.int64), "gt_valid": torch.ones(1, 1, dtype=torch.bool)}
+    given: dict[str, Any] = {"gt_labels": torch.zeros(1, 1, dtype=torch.int64), "gt_valid": torch.ones(1, 1) > 0}
     with pytest.raises(UpstreamRaises, match=r"anchor_head\.added-gt-needs-labels: expected gt_labels and gt_valid"):
         sample(torch.tensor([[0]]), **{**given, missing: None}, add_gt_as_proposals=True)
     assert sample(torch.tensor([[0]]), sampler="pseudo", add_gt_as_proposals=True)[0].tolist() == [[True]]
@@ -331,7 +331,7 @@ def test_positives_weigh_what_is_set_if_above_zero(pos_weight: float, expected: 
 
 
 def test_targets_are_encoded_with_means_and_deviations() -> None:
-    settings = {"means": (0.1, 0.2, 0.3, 0.4), "stds": (0.1, 0.1, 0.2, 0.2)}
+    settings: dict[str, Any] = {"means": (0.1, 0.2, 0.3, 0.4), "stds": (0.1, 0.1, 0.2, 0.2)}
     pair = torch.tensor([[0.0, 0, 8, 8]]), torch.tensor([[4.0, 0, 12, 8]])
     assert torch.equal(made(**settings)[2][0, :1], encode(*pair, **settings))
 

@@ -21,6 +21,7 @@ from detoracle.reference.anchor_head_boxes import (
     ssd_sizes,
     valid_flags,
 )
+from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.rounding import Bounded
 
@@ -104,7 +105,7 @@ def test_a_level_without_cells_has_no_anchors() -> None:
 def test_anchors_in_float32_are_within_their_bounds() -> None:
     given: dict[str, Any] = {"strides": [8], "ratios": [0.5, 1.0, 2.0], "octave_base_scale": 4, "scales_per_octave": 3}
     like: Any = Bounded.exact(LIKE, torch.float32)
-    bounded: Any = anchors.__wrapped__([(3, 3)], like=like, **given)  # type: ignore[attr-defined]
+    bounded: Any = unchecked(anchors)([(3, 3)], like=like, **given)
     assert not outside(anchors([(3, 3)], like=LIKE.float(), **given), bounded.value, bounded.error).any()
 
 
@@ -173,7 +174,8 @@ def test_unknown_ssd_sizes_are_refused(size: int, low: float, levels: int) -> No
 
 # ---------------------------------------------------------------------------------------------------------- flags
 def test_valid_flags_equal_plain_loops() -> None:
-    shapes, sizes, strides = [(17, 24), (0, 9), (99, 1), (32, 32)], [(4, 3), (2, 2)], [8, (16, 32)]
+    shapes, sizes = [(17, 24), (0, 9), (99, 1), (32, 32)], [(4, 3), (2, 2)]
+    strides: list[int | tuple[int, int]] = [8, (16, 32)]
     got = valid_flags(torch.tensor(shapes), sizes=sizes, strides=strides, base_anchors=[2, 3])
     for image, (height, width) in enumerate(shapes):
         expected = [
@@ -219,10 +221,10 @@ def test_decoding_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_decoding_undoes_encoding(dtype: torch.dtype) -> None:
     boxes, targets = random_boxes(50, 0, dtype), random_boxes(50, 1, dtype)
-    settings = {"means": (0.1, -0.2, 0.3, 0.0), "stds": (0.1, 0.1, 0.2, 0.2)}
+    settings: dict[str, Any] = {"means": (0.1, -0.2, 0.3, 0.0), "stds": (0.1, 0.1, 0.2, 0.2)}
     anchor, target = Bounded.exact(boxes, dtype), Bounded.exact(targets, dtype)
-    there = encode.__wrapped__(anchor, target, **settings)  # type: ignore[attr-defined]
-    back = decode.__wrapped__(anchor, there, **settings)  # type: ignore[attr-defined]
+    there = unchecked(encode)(anchor, target, **settings)
+    back: Any = unchecked(decode)(anchor, there, **settings)
     assert not outside(targets, back.value, back.error).any()
     plain = decode(boxes, encode(boxes, targets, **settings), **settings)
     assert not outside(plain, back.value, back.error).any()

@@ -99,7 +99,7 @@ def test_the_random_sampler_counts_its_background() -> None:
 def test_every_image_counts_at_least_one_positive() -> None:
     given = one_cell()
     given["bbox_preds"][0][:] = 1.0
-    double = {
+    double: dict[str, Any] = {
         n: t.repeat(2, *[1] * (t.ndim - 1)) if isinstance(t, Tensor) and n != "anchors" else t for n, t in given.items()
     }
     double |= {name: [given[name][0].repeat(2, 1, 1, 1)] for name in ("cls_scores", "bbox_preds")}
@@ -196,7 +196,7 @@ def test_the_loss_is_its_terms_level_by_level(name: str) -> None:
     for number, part in enumerate((slice(0, 60), slice(60, 78))):
         labels, label_weights, box_targets, box_weights = (t[:, part].flatten(0, 1) for t in made[:4])
         scores, deltas = rows(given["cls_scores"][number], columns), rows(given["bbox_preds"][number], 4)
-        common = {"avg_factor": divisor, "loss_weight": options.class_loss_weight}
+        common: dict[str, Any] = {"avg_factor": divisor, "loss_weight": options.class_loss_weight}
         if options.class_loss == "focal":
             common |= {"gamma": options.gamma, "alpha": options.alpha}
         else:

@@ -21,6 +21,7 @@ from detoracle.reference.anchor_head_terms import (
     smooth_l1_loss,
     weighted,
 )
+from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.rounding import Bounded
 
@@ -234,7 +235,7 @@ def test_giou_weights_have_a_shape() -> None:
 # ---------------------------------------------------------------------------------------------- gradients, bounds
 def _bounded(term: Term, given: dict[str, Any], dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     bounded = {n: Bounded.exact(t, dtype) if t.is_floating_point() else t for n, t in given.items()}
-    return term.__wrapped__(**bounded, **settings)  # type: ignore[attr-defined]
+    return unchecked(term)(**bounded, **settings)
 
 
 @pytest.mark.parametrize("term", CLASS_TERMS + BOX_TERMS)

@@ -107,14 +107,14 @@ def test_a_right_assignment_is_never_wrong(
     overlap: Overlap, anchors: Tensor, rules: dict[str, Any], dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(1)
-    for _ in range(5):
+    for _ in range(3):
         given = in_dtype(scene(generator, anchors, smallest=3), dtype)
         assert not explain_assign(**given, **rules, dtype=dtype).wrong(assign_by(overlap, given, **rules)).any()
 
 
 def test_whole_numbers_tie_in_every_right_way() -> None:
     generator = torch.Generator().manual_seed(2)
-    for _ in range(20):
+    for _ in range(8):
         given = scene(generator, EXACT, smallest=3)
         given["gt_boxes"] = given["gt_boxes"].round()
         given["gt_boxes"][..., 2:] += 1
@@ -146,16 +146,19 @@ def test_every_alternative_is_right(rules: dict[str, Any]) -> None:
         assert all(torch.equal(outcome[closed], explanation.gt_index[closed]) for outcome in found)
 
 
-@pytest.mark.parametrize(("anchors", "smallest"), [(EXACT, 3), (IRRATIONAL, 24)], ids=["exact", "irrational"])
-@pytest.mark.parametrize("rules", [RETINA, RPN], ids=["retina", "rpn"])
-def test_a_generic_scene_leaves_next_to_nothing_open(rules: dict[str, Any], anchors: Tensor, smallest: float) -> None:
+@pytest.mark.parametrize(
+    ("anchors", "smallest", "rules"),
+    [(EXACT, 3, RETINA), (EXACT, 3, RPN), (IRRATIONAL, 24, RETINA)],
+    ids=["exact retina", "exact rpn", "irrational retina"],
+)
+def test_a_generic_scene_leaves_next_to_nothing_open(anchors: Tensor, smallest: float, rules: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(5)
     positives = open_ = 0
-    for _ in range(30):
+    for _ in range(20):
         explanation = explain_assign(**scene(generator, anchors, smallest=smallest), **rules)
         positives += int((explanation.gt_index >= 0).sum())
         open_ += int((explanation.ambiguous & (explanation.gt_index >= 0)).sum())
-    assert positives > 300
+    assert positives > 150
     assert open_ < positives / 100
 
 
@@ -256,6 +259,14 @@ def test_anchors_that_may_tie_are_claimed_alone_or_together() -> None:
     assert explanation.wrong(torch.tensor([[0, 0, 0]])).tolist() == [[False, False, True]]
 
 
+def test_an_anchor_a_hundred_thousandth_below_the_best_is_not_claimed() -> None:
+    # Its side is longer by 5e-6 of itself: some implementations take whatever is within 1e-5 of the best.
+    explanation = explain_assign(**one_image([[0.0, 0, 4, 4]], [[0.0, 0, 8, 8], [0.0, 0, 8, 8.00004]]))
+    assert explanation.gt_index.tolist() == [[0, -1]]
+    assert not explanation.ambiguous.any()
+    assert explanation.wrong(torch.tensor([[0, 0]])).tolist() == [[False, True]]
+
+
 def test_a_claim_may_be_overwritten_by_a_later_one() -> None:
     # Both ground truths overlap the first two anchors most, which may tie; the second one's claim stands.
     anchors = [[0.0, 0, 7.1, 7.1], [-0.1, -0.1, 7, 7], [40.0, 40, 48, 48]]
@@ -278,20 +289,16 @@ WRONG_RULES: dict[str, Callable[[Tensor, Thresholds], Tensor]] = {
     "no claims": anchor_head._by_threshold,
     "claims in reverse order": lambda overlaps, rules: _claimed_in(reversed(range(len(overlaps))), overlaps, rules),
     "claims only what is free": lambda overlaps, rules: _claimed_in(range(len(overlaps)), overlaps, rules, free=True),
-    "claims within 1e-5": lambda overlaps, rules: _claimed_in(range(len(overlaps)), overlaps, rules, slack=1e-5),
     "claims an overlap of 0 never": lambda overlaps, rules: _claimed_in(
         (row for row in range(len(overlaps)) if overlaps[row].max() > 0), overlaps, rules
-    ),
-    "last of equal maxima": lambda overlaps, rules: torch.where(
-        (overlaps.max(0).values >= rules.positive), anchor_head._assign(overlaps, rules) * 0 + len(overlaps) - 1, -1
     ),
 }
 
 
-def _claimed_in(order: Any, overlaps: Tensor, rules: Thresholds, *, free: bool = False, slack: float = 0.0) -> Tensor:
+def _claimed_in(order: Any, overlaps: Tensor, rules: Thresholds, *, free: bool = False) -> Tensor:
     chosen = anchor_head._by_threshold(overlaps, rules)
     for row in order:
-        claimed = overlaps[row] >= overlaps[row].max() - slack
+        claimed = overlaps[row] == overlaps[row].max()
         chosen[claimed & (chosen < 0) if free else claimed] = row
     return chosen
 
@@ -314,9 +321,9 @@ def test_a_wrong_rule_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # --------------------------------------------------------------------------------------------- inside the losses
-def head(seed: int, *, columns: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def head(seed: int, *, columns: int, smallest: float = 6, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
-    given = scene(generator, EXACT, smallest=6)
+    given = scene(generator, EXACT, smallest=smallest)
     del given["inside"]
     shapes = torch.tensor([[96, 96], [80, 96]])
     return {
@@ -347,7 +354,8 @@ def test_the_loss_of_the_float64_assignment_is_the_loss() -> None:
 
 
 def test_hard_negatives_are_counted_and_ranked() -> None:
-    given = head(3, columns=4)
+    given = head(3, columns=4, smallest=30)
+    given["gt_max_assign_all"] = True
     explanation = explain_ssd_loss(**given)
     outcome = explanation.gt_index
     assert not explanation.ambiguous.any()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -342,3 +344,20 @@ def test_another_assignment_has_another_loss() -> None:
     parts = yolov8_loss.loss(**arguments)
     expected = loss_given(without_best, **arguments)["total"]
     assert outside(parts["total"], expected.value, expected.error)
+
+
+@pytest.mark.parametrize(("dtype", "raises"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_a_target_that_rounding_lifts_onto_the_last_bin_raises_as_the_oracle_does(
+    dtype: torch.dtype, raises: bool
+) -> None:
+    given: dict[str, Any] = {
+        "raw": [torch.zeros(1, 65, 40, 40, dtype=dtype)],
+        "strides": [8],
+        "gt_boxes": torch.tensor([[[0.0, 0, 320, 320]]], dtype=dtype),
+        "gt_labels": torch.zeros(1, 1, dtype=torch.int64),
+        "gt_valid": torch.ones(1, 1, dtype=torch.bool),
+    }
+    gt_index = explain_loss(**given, dtype=dtype).gt_index
+    for call in (yolov8_loss.loss, partial(loss_given, gt_index, dtype=dtype)):
+        with pytest.raises(UpstreamRaises, match="dfl-target-out-of-range") if raises else nullcontext():
+            call(**given)
