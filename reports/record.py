@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from detoracle.reference.errors import InputError
 
-__all__ = ["SCHEMA", "Measurement", "Picture", "Report", "Row", "from_json", "to_json"]
+__all__ = ["SCHEMA", "Measurement", "Picture", "Report", "Row", "Surprise", "from_json", "to_json"]
 
 SCHEMA = 1
 
@@ -154,6 +154,26 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Surprise:
+    """A quirk of the published code that an operation of the run keeps: an entry of the quirk ledger, as text.
+
+    Attributes
+    ----------
+    id, operation, statement, upstream, safe : str
+        As in `detoracle.reference.quirks`.
+    defects : str
+        Published reports, separated by blanks.
+    """
+
+    id: str
+    operation: str
+    statement: str
+    upstream: str
+    safe: str
+    defects: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything one run found.
 
@@ -170,6 +190,8 @@ class Report:
     rows : tuple of Row
     measurements : tuple of Measurement
     pictures : tuple of Picture
+    quirks : tuple of Surprise
+        Ledger of the operations that were run.
     notes : tuple of str
         Facts about the run that a reader needs: ignored boxes, skipped implementations.
     """
@@ -183,6 +205,7 @@ class Report:
     rows: tuple[Row, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     pictures: tuple[Picture, ...] = ()
+    quirks: tuple[Surprise, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
 
     @property
@@ -274,6 +297,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "tuple[str, ...]": lambda value: tuple(_list(_exactly(str))(value)),
     "tuple[Row, ...]": lambda value: tuple(_read(Row, item) for item in value),
     "tuple[Measurement, ...]": lambda value: tuple(_read(Measurement, item) for item in value),
+    "tuple[Surprise, ...]": lambda value: tuple(_read(Surprise, item) for item in value),
     "tuple[Picture, ...]": lambda value: tuple(_read(Picture, item) for item in value),
     "Mapping[str, str | int | bool]": _exactly(dict),
 }

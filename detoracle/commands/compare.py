@@ -22,9 +22,10 @@ from detoracle.properties.systems import System
 from detoracle.properties.worker import Worker
 from detoracle.reference.contract import Operation
 from detoracle.reference.errors import InputError
+from detoracle.reference.quirks.ledger import ledger
 from detoracle.reports.compare import Part, Settings, compare_operation, read_part, write_part
 from detoracle.reports.environment import environment, source_hash
-from detoracle.reports.record import Report, to_json
+from detoracle.reports.record import Report, Surprise, to_json
 from detoracle.reports.writing import locked, write_report
 
 __all__ = ["compare"]
@@ -70,6 +71,7 @@ def compare(
         rows=tuple(row for part in parts for row in part.rows),
         measurements=tuple(m for part in parts for m in part.measurements),
         pictures=tuple(p for part in parts for p in part.pictures),
+        quirks=_quirks({operation.name for _, operation, _ in chosen}),
         notes=tuple(f"{s.name}: {s.note}" for s in all_scenes if "file" in s.tags and s.note),
     )
     page = write_report(report, out)
@@ -120,6 +122,14 @@ def _parts(
             parts.append(part)
             progress.advance(task)
     return parts
+
+
+def _quirks(operations: set[str]) -> tuple[Surprise, ...]:
+    return tuple(
+        Surprise(quirk.id, quirk.operation, quirk.statement, quirk.upstream, quirk.safe, " ".join(quirk.defects))
+        for quirk in ledger()
+        if quirk.operation in operations
+    )
 
 
 def _command() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from detoracle.commands.common import write_json
 from detoracle.implementations.registry import discover
 from detoracle.properties.systems import every_operation, find_operation
 from detoracle.reference.contract import Argument, Operation, arguments_of, returns_of
+from detoracle.reference.quirks.ledger import ledger
 from detoracle.reports.environment import environment
 
 __all__ = ["describe", "env", "list_"]
@@ -46,7 +46,7 @@ def env(json: Json = None) -> None:
 def describe(operation: Annotated[str, typer.Argument(help="Such as yolox.assign.")], json: Json = None) -> None:
     """Describe an operation: inputs, outputs, quirks, source, and the least that conforms."""
     _, found = find_operation(operation)
-    quirks = _quirks(found)
+    quirks = [quirk for quirk in ledger() if quirk.operation == found.name]
     print(f"{found.name}  ({found.kind})\n")
     print(inspect.getdoc(inspect.unwrap(found.oracle)).partition("\n\nParameters")[0])  # type: ignore[union-attr]
     for title, arguments in (("Inputs", arguments_of(found.oracle)), ("Outputs", returns_of(found.oracle))):
@@ -84,11 +84,6 @@ def _optional(argument: Argument, title: str) -> bool:
 
 def _plain(argument: Argument) -> dict[str, Any]:
     return {"name": argument.name, "type": argument.type, "meaning": argument.meaning, "optional": argument.optional}
-
-
-def _quirks(operation: Operation) -> list[Any]:
-    module = importlib.import_module(f"detoracle.reference.quirks.{operation.system}")
-    return [quirk for quirk in module.QUIRKS if quirk.operation == operation.name]
 
 
 def _least(operation: Operation) -> str:

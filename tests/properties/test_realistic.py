@@ -114,7 +114,7 @@ def test_few_images_show_the_range_of_counts() -> None:
 @pytest.mark.parametrize("kind", ["realistic", "crowd"])
 def test_built_in(kind: Literal["realistic", "crowd"]) -> None:
     scenes = built_in(kind, seed=2)
-    assert len({scene.name for scene in scenes}) == len(scenes) == (4 if kind == "realistic" else 2)
+    assert len({scene.name for scene in scenes}) == len(scenes) == 2
     assert all("realistic" in scene.tags and sum(map(len, scene.gt_labels)) > 0 for scene in scenes)
     assert any("non-square" in scene.tags for scene in scenes)
 

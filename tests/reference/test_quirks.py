@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 
 from detoracle.properties.systems import NAMES, find_operation
 from detoracle.reference.contract import arguments_of
+from detoracle.reference.quirks.ledger import ledger
 from detoracle.reference.quirks.quirk import Quirk
 
-QUIRKS: list[Quirk] = [
-    quirk for name in NAMES for quirk in importlib.import_module(f"detoracle.reference.quirks.{name}").QUIRKS
-]
+QUIRKS = ledger()
 
 
 @pytest.mark.parametrize("quirk", QUIRKS, ids=lambda quirk: quirk.id)
@@ -30,3 +27,7 @@ def test_scene_is_a_call_of_its_operation(quirk: Quirk) -> None:
 def test_ids_are_unique() -> None:
     ids = [quirk.id for quirk in QUIRKS]
     assert len(ids) == len(set(ids))
+
+
+def test_every_system_has_quirks() -> None:
+    assert {quirk.system for quirk in QUIRKS} == set(NAMES)
