@@ -190,10 +190,10 @@ class Report:
     rows : tuple of Row
     measurements : tuple of Measurement
     pictures : tuple of Picture
-    quirks : tuple of Surprise
-        Ledger of the operations that were run.
     notes : tuple of str
         Facts about the run that a reader needs: ignored boxes, skipped implementations.
+    quirks : tuple of Surprise
+        Ledger of the operations that were run.
     """
 
     title: str
@@ -205,8 +205,8 @@ class Report:
     rows: tuple[Row, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     pictures: tuple[Picture, ...] = ()
-    quirks: tuple[Surprise, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
+    quirks: tuple[Surprise, ...] = ()
 
     @property
     def findings(self) -> tuple[Row, ...]:

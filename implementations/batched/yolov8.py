@@ -10,7 +10,8 @@ What makes it fast:
 - channels stay before anchors: head maps are joined without transposing them, and a ground truth's scores are one row;
 - an anchor's quality needs its own pair alone, so the best of each ground truth come from a scatter over anchors;
 - a batch has at most k positives a ground truth, so the loss gathers a list of that fixed length;
-- only one class of a positive has a target above 0, so the class loss needs no (B, A, C) targets.
+- only one class of a positive has a target above 0, so the class loss needs no (B, A, C) targets; written so, it also
+  keeps the small losses of background that PyTorch's cross entropy with logits rounds to 0 in bfloat16.
 
 What differs from the oracle: arguments are not checked; with fewer anchors than top-k asks for, all are claimed; a
 ground truth of a class that does not exist takes no part; a DFL target without a bin counts as the nearest that has one

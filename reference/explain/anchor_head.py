@@ -133,10 +133,10 @@ class _Overlaps:
         return _Overlaps(iou, lower, upper, self.ground_truths, self.boxes)
 
     def sources(self, row: int, columns: Tensor) -> Tensor:
-        """Numbers (N, 7) that make the IoUs of one ground truth with some boxes; NaN where rounding has a hand in them.
+        """Numbers (N, 4) that make the IoUs of one ground truth with some boxes: those of equal numbers are equal.
 
         An IoU without error is its own source. Otherwise it is made of intersection and union, if both are exact; or of
-        the intersection's sides, where inexact the coordinates they lie between, and the box's area or exact sides.
+        the sides of the intersection, whose rounding is that of their exact value, and the box's exact area or sides.
         """
         target: Any = self.ground_truths[row : row + 1]
         boxes: Any = self.boxes[columns]
@@ -145,22 +145,14 @@ class _Overlaps:
         intersection, area, union = (t[:, 0] for t in areas)
         near: Any = torch.maximum(target[:, :2], boxes[:, :2])
         far: Any = torch.minimum(target[:, 2:], boxes[:, 2:])
-        shared: Any = far - near
-        own = boxes[:, 2:] - boxes[:, :2]
-        one = torch.ones_like(area.value)[:, None]
-        between = (
-            torch.where(shared.error > 0, near.value, shared.value),
-            torch.where(shared.error > 0, far.value, math.inf),
-        )
-        sources = torch.cat([*between, own.value.masked_fill(own.error > 0, math.nan), one], dim=1)
-        sources[area.error == 0, 4:6] = torch.cat([area.value[:, None], one * 0], dim=1)[area.error == 0]
-        both = torch.stack([intersection.value, union.value], dim=1)
-        exact = (intersection.error == 0) & (union.error == 0)
-        for known, numbers in ((exact, both), (iou.error == 0, iou.value[:, None])):
-            sources[known] = 0.0
-            sources[known, : numbers.shape[1]] = numbers[known]
-            sources[known, -1] = 1.0 + numbers.shape[1]
-        return sources
+        shared, own = ((sides.value).sort(1).values for sides in (far - near, boxes[:, 2:] - boxes[:, :2]))
+        nothing = torch.zeros_like(shared)
+        by_area = torch.stack([area.value, nothing[:, 0]], dim=1)
+        sources = torch.cat([shared, torch.where((area.error == 0)[:, None], by_area, own)], dim=1)
+        both = torch.cat([torch.stack([intersection.value, union.value], dim=1), nothing], dim=1)
+        itself = torch.cat([iou.value[:, None], nothing, nothing[:, :1]], dim=1)
+        sources = torch.where(((intersection.error == 0) & (union.error == 0))[:, None], both, sources)
+        return torch.where((iou.error == 0)[:, None], itself, sources)
 
 
 # ------------------------------------------------------------------------------------------------ one image's world
@@ -241,10 +233,6 @@ def _claim(overlaps: _Overlaps, row: int, name: int, rules: Thresholds) -> Claim
 def _groups(overlaps: _Overlaps, row: int, candidates: Tensor) -> tuple[Tensor, ...]:
     """Masks (N,) of candidates that tie for certain, the first one's group first."""
     columns = candidates.nonzero().flatten()
-    sources = overlaps.sources(row, columns)
-    alone = sources.isnan().any(1)
-    masks = [torch.zeros_like(candidates).index_fill(0, column, True) for column in columns[alone]]
-    distinct, number = torch.unique(sources[~alone], dim=0, return_inverse=True)
-    for group in range(len(distinct)):
-        masks.append(torch.zeros_like(candidates).index_fill(0, columns[~alone][number == group], True))
-    return tuple(sorted(masks, key=lambda mask: int(mask.int().argmax())))
+    distinct, number = torch.unique(overlaps.sources(row, columns), dim=0, return_inverse=True)
+    groups = (columns[number == group] for group in range(len(distinct)))
+    return tuple(torch.zeros_like(candidates).index_fill(0, group, True) for group in sorted(groups, key=min))

@@ -267,6 +267,31 @@ def test_an_anchor_a_hundred_thousandth_below_the_best_is_not_claimed() -> None:
     assert explanation.wrong(torch.tensor([[0, 0]])).tolist() == [[False, True]]
 
 
+def test_a_certain_claim_closes_what_the_thresholds_leave_open() -> None:
+    # Equal ground truths over the threshold, and a later one that overlaps this anchor alone.
+    gts = [[0.0, 0, 8, 6], [0.0, 0, 8, 6], [0.0, 0, 8, 4]]
+    explanation = explain_assign(**one_image(gts, [[0.0, 0, 8, 8], [8.0, 0, 16, 8]]))
+    assert explanation.gt_index.tolist() == [[2, -1]]
+    assert not explanation.ambiguous.any()
+
+
+def test_a_best_overlap_at_the_least_may_or_may_not_claim() -> None:
+    third = one_image([[0.0, 0, 8, 8 / 3]], [[0.0, 0, 8, 8], [8.0, 0, 16, 8]], min_pos_iou=1 / 3)
+    explanation = explain_assign(**third)
+    for outcome, right in (([0, -1], True), ([-1, -1], True), ([-2, -1], False), ([0, 0], False)):
+        assert explanation.wrong(torch.tensor([outcome])).any() != right
+
+
+def test_an_area_that_may_overflow_may_leave_its_anchor_out() -> None:
+    # 256 squared is just beyond the largest float16: the IoU is NaN, or 1.
+    box = [[0.0, 0, 256, 256]]
+    given = in_dtype(one_image(box, [*box, [0.0, 0, 8, 8]], **SSD), torch.float16)
+    explanation = explain_assign(**given, dtype=torch.float16)
+    assert assign(**given).gt_index.tolist() == [[-2, -2]]
+    for outcome in ([-2, -2], [0, -1], [-2, -1]):
+        assert not explanation.wrong(torch.tensor([outcome])).any(), outcome
+
+
 def test_a_claim_may_be_overwritten_by_a_later_one() -> None:
     # Both ground truths overlap the first two anchors most, which may tie; the second one's claim stands.
     anchors = [[0.0, 0, 7.1, 7.1], [-0.1, -0.1, 7, 7], [40.0, 40, 48, 48]]
@@ -385,11 +410,24 @@ def test_equal_logits_leave_the_choice_of_negatives_open_but_not_their_number() 
 
 
 def test_a_positive_of_the_background_class_may_be_mined() -> None:
-    given = head(5, columns=4)
-    given["gt_labels"][:, ::2] = 3
-    explanation = explain_ssd_loss(**given)
-    exact = in_dtype(given, torch.float64)
-    exact |= {n: [level.double() for level in given[n]] for n in ("cls_scores", "bbox_preds")}
-    parts = ssd_loss_given(explanation.gt_index, **exact, dtype=None)
-    for name, value in ssd_loss(**exact).items():
+    cells = [[0.0, 0, 8, 8], [8.0, 0, 16, 8], [0.0, 8, 8, 16], [8.0, 8, 16, 16]]
+    shape, scores = torch.tensor([[16, 16]]), torch.zeros(1, 2, 2, 2).double()
+    scores[0, 0] = torch.tensor([[0.0, 3.0], [1.0, 2.0]])  # the second cell is the costliest as background
+    given = {
+        **one_image(cells[:2], cells),
+        "cls_scores": [scores],
+        "bbox_preds": [torch.zeros(1, 4, 2, 2).double()],
+        "gt_labels": torch.tensor([[0, 1]]),
+        "image_shapes": shape,
+        "pad_shapes": shape,
+        "strides": [8],
+        "min_pos_iou": 0.3,
+        "neg_pos_ratio": 2,
+    }
+    del given["inside"]
+    given = in_dtype(given, torch.float64)
+    explanation = explain_ssd_loss(**given, dtype=torch.float64)
+    assert explanation.gt_index.tolist() == [[0, 1, -2, -1]]
+    parts = ssd_loss_given(explanation.gt_index, **given, dtype=None)
+    for name, value in ssd_loss(**given).items():
         assert torch.equal(parts[name], value)  # type: ignore[arg-type]
