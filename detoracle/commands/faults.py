@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from detoracle.commands.common import write_json
-from detoracle.properties.faults.fault import exam, faults_of
-from detoracle.properties.systems import NAMES
+from detoracle.properties.faults.fault import exam, examined, faults_of
 from detoracle.reference.errors import InputError
 
 __all__ = ["faults"]
@@ -27,9 +26,9 @@ def faults(
 
     Exit code 1 if a fault survives.
     """
-    if unknown := [name for name in system or [] if name not in NAMES]:
-        raise InputError("--system", expected=f"one of {', '.join(NAMES)}", got=", ".join(unknown))
-    kills = [kill for name in system or NAMES for kill in exam(faults_of(name), examples=examples, seed=seed)]
+    if unknown := [name for name in system or [] if name not in examined()]:
+        raise InputError("--system", expected=f"one of {', '.join(examined())}", got=", ".join(unknown))
+    kills = [kill for name in system or examined() for kill in exam(faults_of(name), examples=examples, seed=seed)]
     table = Table("fault", "caught by", "on scene", "scenes needed", "origin", box=None)
     for kill in kills:
         caught = kill.clause if kill.caught else "SURVIVES"

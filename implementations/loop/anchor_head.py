@@ -1,8 +1,8 @@
-"""The anchor head's anchors, boxes, assignment and targets, written down plainly: one image, one ground truth at a time.
+"""The anchor head's anchors, boxes, assignment and targets, plainly: one image, one ground truth at a time.
 
 Arguments, results and their meaning are those of the operations in `detoracle.reference`; the losses are in
-`detoracle.implementations.loop.anchor_head_loss`. This is the plain baseline that an optimised implementation is measured
-against, and a second opinion on what is right. What differs from the oracle: arguments are not checked.
+`detoracle.implementations.loop.anchor_head_loss`. This is the plain baseline that an optimised implementation is
+measured against, and a second opinion on what is right. What differs from the oracle: arguments are not checked.
 """
 
 from __future__ import annotations

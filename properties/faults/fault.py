@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import ModuleType
 from typing import Any
 
+from detoracle.properties import faults
 from detoracle.properties.checking import cases
 from detoracle.properties.comparison import expect
 from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.outputs import perform
 from detoracle.properties.random_scenes import random_scenes
 from detoracle.properties.scenes import Scene
-from detoracle.properties.systems import find_operation
+from detoracle.properties.systems import NAMES, find_operation
 from detoracle.reference.errors import DetoracleError
 
-__all__ = ["Fault", "Kill", "build", "exam", "exam_scenes", "faults_of"]
+__all__ = ["Fault", "Kill", "build", "exam", "exam_scenes", "examined", "faults_of"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,18 @@ class Kill:
         return bool(self.clause)
 
 
+def examined() -> tuple[str, ...]:
+    """Systems that have planted faults, in the suite's order.
+
+    Examples
+    --------
+    >>> "yolox" in examined()
+    True
+    """
+    modules = {module.name for module in pkgutil.iter_modules(faults.__path__)}
+    return tuple(name for name in NAMES if name in modules)
+
+
 def faults_of(system: str) -> tuple[Fault, ...]:
     """Faults of one system.
 
@@ -86,8 +100,8 @@ def faults_of(system: str) -> tuple[Fault, ...]:
     >>> "yolox.k-rounded" in [fault.id for fault in faults_of("yolox")]
     True
     """
-    faults: tuple[Fault, ...] = importlib.import_module(f"detoracle.properties.faults.{system}").FAULTS
-    return faults
+    found: tuple[Fault, ...] = importlib.import_module(f"detoracle.properties.faults.{system}").FAULTS
+    return found
 
 
 def build(fault: Fault) -> Callable[..., Any]:
