@@ -184,14 +184,14 @@ def _match(cost: Tensor, iou: Tensor, eligible: Tensor, topk: int) -> tuple[Tens
         return nothing, iou.new_zeros(images, anchors), nothing[:, :0]
     most = min(topk, anchors)
     best = iou.masked_fill(~eligible, 0.0).topk(most, sorted=False).values.sum(-1)
-    dynamic_k = best.nan_to_num(nan=1.0).long().clamp(1, max(most, 1)).where(eligible.any(-1), 0)
+    dynamic_k = best.nan_to_num(nan=1.0).long().clamp(min=1).where(eligible.any(-1), 0)
 
     # Costs of eligible pairs are often infinite and may be NaN, which is the dearest; NaN comes last in `topk`.
     dearest = torch.finfo(cost.dtype).max
     ordered = cost.nan_to_num(nan=torch.inf, posinf=dearest).masked_fill(~eligible, torch.nan)
     cheapest = ordered.topk(max(most, 1), largest=False).indices
     within = torch.arange(cheapest.shape[-1], device=cost.device) < dynamic_k[..., None]
-    claims = torch.zeros_like(eligible).scatter(2, cheapest, within) & eligible
+    claims = torch.zeros_like(eligible).scatter(2, cheapest, within)
 
     # Among ground truths, however, NaN is the cheapest, and of those at infinity an eligible one comes before padding.
     cheapest_of_all = cost.clamp(max=dearest).masked_fill(~eligible, torch.inf).argmin(1)

@@ -22,6 +22,9 @@ from detoracle.reference.rounding import Bounded, Decision
 __all__ = ["explain_assign"]
 
 
+_MOST_IGNORED = 8  # ambiguous ignored anchors of one image that are tried in all combinations
+
+
 def explain_assign(
     anchors: Tensor,
     gt_boxes: Tensor,
@@ -75,7 +78,7 @@ def explain_assign(
         ) -> World:
             return _world(overlaps.without(settled), rules, present.nonzero().flatten(), part)
 
-        worlds.append(worlds_of(ignored, world))
+        worlds.append(worlds_of(ignored, world, most=_MOST_IGNORED))
         tables.append(_padded(overlaps.without(ignored.value).iou, present))
     iou: Any = torch.stack(tables)  # type: ignore[arg-type]
     return Explanation(tuple(worlds), lambda gt_index: _quality(iou, gt_index))

@@ -31,7 +31,7 @@ __all__ = [
     "worlds_of",
 ]
 
-_MOST_OPEN = 4  # ambiguous candidate decisions of one image that are tried in all combinations
+_MOST_OPEN = 4  # ambiguous decisions of one image that are tried in all combinations, unless a caller affords more
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,11 +216,11 @@ def background_world(num_anchors: int, device: torch.device) -> World:
     return World(empty, torch.full((num_anchors,), math.inf, dtype=torch.float64, device=device))
 
 
-def worlds_of(decision: Decision, world: Callable[[Tensor], World]) -> tuple[World, ...]:
+def worlds_of(decision: Decision, world: Callable[[Tensor], World], *, most: int = _MOST_OPEN) -> tuple[World, ...]:
     """Build a world for every way in which the ambiguous elements of a decision can fall.
 
-    Of more than four ambiguous elements, those with the same margin hang on the same numbers, such as anchors in line
-    with an edge, and flip together; of more than four such groups, one at a time flips, not all combinations.
+    Of more than `most` ambiguous elements, those with the same margin hang on the same numbers, such as anchors in line
+    with an edge, and flip together; of more than `most` such groups, one at a time flips, not all combinations.
 
     Examples
     --------
@@ -231,11 +231,11 @@ def worlds_of(decision: Decision, world: Callable[[Tensor], World]) -> tuple[Wor
     open_ = decision.ambiguous.nonzero().tolist()
     groups: dict[object, list[list[int]]] = {}
     for number, element in enumerate(open_):
-        together = float(decision.margin[tuple(element)]) if len(open_) > _MOST_OPEN else number
+        together = float(decision.margin[tuple(element)]) if len(open_) > most else number
         groups.setdefault(together, []).append(element)
-    most = len(groups) if len(groups) <= _MOST_OPEN else 1
+    together_at_most = len(groups) if len(groups) <= most else 1
     worlds = []
-    for flip in (c for n in range(most + 1) for c in itertools.combinations(groups.values(), n)):
+    for flip in (c for n in range(together_at_most + 1) for c in itertools.combinations(groups.values(), n)):
         settled = decision.value.clone()
         for element in itertools.chain(*flip):
             settled[tuple(element)] ^= True

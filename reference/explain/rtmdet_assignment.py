@@ -186,7 +186,16 @@ def explain_assign(
     False
     """
     scene = _Scene(class_logits, boxes, priors, gt_boxes, gt_labels, gt_masks, dtype, dtype)
-    return scene.explain(inside, gt_valid, topk, soft_center_radius, iou_weight, where="rtmdet.assign")
+    explanation = scene.explain(inside, gt_valid, topk, soft_center_radius, iou_weight, where="rtmdet.assign")
+    return replace(explanation, targets=lambda gt_index: _stored(gt_index, explanation.quality(gt_index), dtype))
+
+
+def _stored(gt_index: Tensor, quality: Bounded, dtype: torch.dtype) -> dict[str, Bounded]:
+    """What is stored as overlaps (B, A): an image with candidates has a positive, for each ground truth claims one."""
+    positive = gt_index >= 0
+    unmatched = torch.where(positive.any(1, keepdim=True), rtmdet._UNMATCHED_OVERLAP, 0.0).to(dtype)
+    stored: Any = torch.where(positive, quality, Bounded.exact(unmatched, dtype))  # type: ignore[call-overload]
+    return {"max_overlaps": stored}
 
 
 def explain_dynamic_k_matching(

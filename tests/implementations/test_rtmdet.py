@@ -168,6 +168,81 @@ def test_terms_take_all_settings(kind: str, operation: str, arguments: dict[str,
     assert verdict_on(OPERATIONS[operation], KINDS[kind][operation], arguments).status == "equal"
 
 
+# ------------------------------------------------------------------------------------------------- numbers that spoil
+def one_box() -> dict[str, Any]:
+    """One ground truth, about a prior of the finer of two levels, and about none of the coarser."""
+    return {
+        "class_logits": [torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2)],
+        "distances": [torch.full((1, 4, 4, 4), 6.0), torch.full((1, 4, 2, 2), 6.0)],
+        "strides": [8, 16],
+        "gt_boxes": torch.tensor([[[2.0, 2, 14, 14]]]),
+        "gt_labels": torch.ones(1, 1, dtype=torch.int64),
+        "gt_valid": torch.ones(1, 1, dtype=torch.bool),
+    }
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        {(1, 1, 1): torch.inf},  # in a level without positives, whose loss is NaN then
+        {(0, 3, 3): torch.inf},  # beside the positive
+        {(0, 3, 3): torch.inf, (0, 1, 1): -1.0},  # beside a positive without overlap
+        {(0, 1, 1): 1e25},  # at the positive, whose area overflows
+        {(0, 1, 1): torch.nan},
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_spoilt_predictions_spoil_no_more_than_the_oracles(kind: str, cells: dict[tuple[int, int, int], float]) -> None:
+    given = one_box()
+    for (level, row, column), distance in cells.items():
+        given["distances"][level][0, :, row, column] = distance
+    assert verdict_on(LOSS, KINDS[kind]["rtmdet.loss"], given).status == "equal"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_huge_boxes_without_weight_have_no_gradient(kind: str) -> None:
+    arguments = {"predicted": torch.full((1, 4), 1e25).cumsum(1), "target": BOXES[:1], "weight": torch.zeros(1)}
+    operation = OPERATIONS["rtmdet.giou_loss"]
+    assert verdict_on(operation, KINDS[kind]["rtmdet.giou_loss"], arguments).status == "equal"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ground_truth_may_claim_thirteen_priors(kind: str) -> None:
+    given = one_box() | {"gt_boxes": torch.tensor([[[-4.0, -4, 36, 36]]])}
+    points = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1) * 8.0
+    distances = torch.cat([points + 4, 36 - points], dim=1).T.reshape(1, 4, 4, 4)
+    call = KINDS[kind]["rtmdet.loss"]
+    assert verdict_on(LOSS, call, given | {"distances": [distances, given["distances"][1]]}).status == "equal"
+    assert int(explain_loss(**given | {"distances": [distances, given["distances"][1]]}).gt_index.ge(0).sum()) == 13
+
+
+INF, NAN = torch.inf, torch.nan
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    ("costs", "ious", "expected"),
+    [
+        # candidates are dear, unknown, cheap and, last, no candidate: k is 1, 2, 3
+        ([[INF, NAN, 1, INF]], [[0.5, 0.5, 0.5, 0]], [-1, -1, 0, -1]),
+        ([[INF, NAN, 1, INF]], [[0.7, 0.7, 0.7, 9]], [0, -1, 0, -1]),
+        ([[INF, NAN, 1, 0]], [[1, 1, 1, NAN]], [0, 0, 0, -1]),
+        # both claim the first; whoever's cost is unknown gets it, then who is cheaper, then who is earlier
+        ([[INF, INF, 1, INF], [INF, 2, 3, 0]], [[1, 1, 1, 0], [1, 1, 0, 0]], [0, 1, 0, -1]),
+        ([[5, 6, 7, INF], [NAN, 8, 9, 0]], [[1, 0, 0, 0], [1, 1, 1, 0]], [1, 1, 1, -1]),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_that_are_no_numbers(
+    kind: str, costs: list[list[float]], ious: list[list[float]], expected: list[int], first: int
+) -> None:
+    cost, iou = (F.pad(torch.tensor([rows]).float(), (0, 0, first, 0)) for rows in (costs, ious))
+    valid = torch.arange(cost.shape[1])[None] >= first
+    candidate = torch.tensor([[True, True, True, False]])
+    gt_index, _ = KINDS[kind]["rtmdet.dynamic_k_matching"](cost, iou, candidate, valid)
+    assert gt_index[0].tolist() == [index + first if index >= 0 else index for index in expected]
+
+
 # --------------------------------------------------------------------------------------------------- no oracle's answer
 def test_batched_ground_truth_without_a_class_takes_no_part() -> None:
     given = native("label-beyond")
