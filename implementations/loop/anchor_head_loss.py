@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from detoracle.implementations.batched import anchor_head_terms as terms
-from detoracle.implementations.loop.anchor_head import assign, decode, inside_flags, sample, targets, valid_flags
+from detoracle.implementations.loop.anchor_head import assign, sample, targets
+from detoracle.implementations.loop.anchor_head_boxes import decode, inside_flags, valid_flags
 from detoracle.implementations.registry import implements
 from detoracle.reference.assignment import BACKGROUND
 
@@ -196,7 +197,7 @@ def ssd_loss(
     for image in range(len(labels)):
         cost = terms.cross_entropy(logits[image], labels[image], reduction="none")
         cost = cost * label_weights[image]
-        positive = labels[image] < num_classes
+        positive = (labels[image] >= 0) & (labels[image] < num_classes)
         background = (labels[image] == num_classes).nonzero().flatten()
         number = min(neg_pos_ratio * int(positive.sum()), len(background))
         hardest = cost.detach()[background].argsort(descending=True, stable=True)

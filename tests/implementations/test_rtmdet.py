@@ -227,7 +227,8 @@ INF, NAN = torch.inf, torch.nan
         ([[INF, NAN, 1, INF]], [[0.5, 0.5, 0.5, 0]], [-1, -1, 0, -1]),
         ([[INF, NAN, 1, INF]], [[0.7, 0.7, 0.7, 9]], [0, -1, 0, -1]),
         ([[INF, NAN, 1, 0]], [[1, 1, 1, NAN]], [0, 0, 0, -1]),
-        # both claim the first; whoever's cost is unknown gets it, then who is cheaper, then who is earlier
+        # several claim one: who is unknown gets it, or else the cheapest, or else the first
+        ([[INF, NAN, NAN, INF], [INF, NAN, NAN, 0]], [[0.9, 0, 0, 0], [0.9, 0, 0, 0]], [0, -1, -1, -1]),
         ([[INF, INF, 1, INF], [INF, 2, 3, 0]], [[1, 1, 1, 0], [1, 1, 0, 0]], [0, 1, 0, -1]),
         ([[5, 6, 7, INF], [NAN, 8, 9, 0]], [[1, 0, 0, 0], [1, 1, 1, 0]], [1, 1, 1, -1]),
     ],
