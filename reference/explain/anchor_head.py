@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,10 @@ from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.boxes import _shared_areas, overlaps_mmdet
 from detoracle.reference.contract import unchecked
 from detoracle.reference.explain.anchor_head_claims import Claim, ClaimingWorld
-from detoracle.reference.explain.explanation import Explanation, World, worlds_of
+from detoracle.reference.explain.explanation import Explanation, World
 from detoracle.reference.rounding import Bounded, Decision
 
 __all__ = ["explain_assign"]
-
-
-_MOST_IGNORED = 8  # ambiguous ignored anchors of one image that are tried in all combinations
 
 
 def explain_assign(
@@ -45,7 +42,8 @@ def explain_assign(
     """Explain `anchor_head.assign`: same arguments, and the dtype whose rounding is to be allowed for.
 
     Anchors tie for certain where the same numbers make their IoUs: an implementation that takes one for a ground truth
-    must take all. Others whose IoUs differ by less than their errors may tie or not.
+    must take all. Others whose IoUs differ by less than their errors may tie or not. An anchor that may lie in an
+    ignored region or not has an IoU anywhere between -1 and its own.
 
     Returns
     -------
@@ -71,15 +69,9 @@ def explain_assign(
         if ignore_boxes is not None and ignore_valid is not None and ignore_iof_thr > 0:
             regions = Bounded.exact(ignore_boxes[image, ignore_valid[image]], dtype)
         ignored = _ignored(boxes, regions, ignore_wrt_candidates, ignore_iof_thr) & taking_part
-        overlaps = _Overlaps.of(ground_truths[image, present], boxes, taking_part)
-
-        def world(
-            settled: Tensor, overlaps: _Overlaps = overlaps, present: Tensor = present, part: Tensor = taking_part
-        ) -> World:
-            return _world(overlaps.without(settled), rules, present.nonzero().flatten(), part)
-
-        worlds.append(worlds_of(ignored, world, most=_MOST_IGNORED))
-        tables.append(_padded(overlaps.without(ignored.value).iou, present))
+        overlaps = _Overlaps.of(ground_truths[image, present], boxes, taking_part).without(ignored)
+        worlds.append((_world(overlaps, rules, present.nonzero().flatten(), taking_part),))
+        tables.append(_padded(overlaps.iou, present))
     iou: Any = torch.stack(tables)  # type: ignore[arg-type]
     return Explanation(tuple(worlds), lambda gt_index: _quality(iou, gt_index))
 
@@ -110,7 +102,7 @@ def _quality(iou: Any, gt_index: Tensor) -> Any:
 class _Overlaps:
     """IoUs (G, N) of one image, the range that each may have, and the boxes they are made of.
 
-    IoUs of anchors that take no part are -inf, and -1 in ignored regions.
+    IoUs of anchors that take no part are -inf, and -1 in ignored regions, where those marked `unsure` (N,) may be.
     """
 
     iou: Bounded
@@ -118,25 +110,31 @@ class _Overlaps:
     upper: Tensor
     ground_truths: Bounded
     boxes: Bounded
+    unsure: Tensor
 
     @classmethod
     def of(cls, ground_truths: Any, boxes: Any, taking_part: Tensor) -> _Overlaps:
         """Overlap ground truths with boxes."""
         iou: Any = unchecked(overlaps_mmdet)(ground_truths, boxes)
-        all_ = cls(iou, iou.lower.clamp(min=0), iou.upper, ground_truths, boxes)
-        return all_._with(~taking_part, -math.inf)
+        nobody = torch.zeros_like(taking_part)
+        every = cls(iou, iou.lower.clamp(min=0), iou.upper, ground_truths, boxes, nobody)
+        return every._with(~taking_part, -math.inf)
 
-    def without(self, ignored: Tensor) -> _Overlaps:
+    def without(self, ignored: Decision) -> _Overlaps:
         """Set all overlaps of ignored boxes (N,) to -1."""
-        return self._with(ignored, -1.0)
+        certain = self._with(ignored.value & ~ignored.ambiguous, -1.0)
+        value = certain.iou.value.masked_fill(ignored.value, -1.0)
+        lower = certain.lower.masked_fill(ignored.ambiguous, -1.0)
+        error = torch.where(ignored.ambiguous, certain.upper + 1, certain.iou.error)
+        return replace(certain, iou=Bounded(value, error, self.iou.precision), lower=lower, unsure=ignored.ambiguous)
 
     def _with(self, boxes: Tensor, overlap: float) -> _Overlaps:
         value, lower, upper = (t.masked_fill(boxes, overlap) for t in (self.iou.value, self.lower, self.upper))
         iou = Bounded(value, self.iou.error.masked_fill(boxes, 0.0), self.iou.precision)
-        return _Overlaps(iou, lower, upper, self.ground_truths, self.boxes)
+        return replace(self, iou=iou, lower=lower, upper=upper)
 
     def sources(self, row: int, columns: Tensor) -> Tensor:
-        """Numbers (N, 4) that make the IoUs of one ground truth with some boxes: those of equal numbers are equal.
+        """Numbers (N, 5) that make the IoUs of one ground truth with some boxes: those of equal numbers are equal.
 
         An IoU without error is its own source. Otherwise it is made of intersection and union, if both are exact; or of
         the sides of the intersection, whose rounding is that of their exact value, and the box's exact area or sides.
@@ -155,7 +153,9 @@ class _Overlaps:
         both = torch.cat([torch.stack([intersection.value, union.value], dim=1), nothing], dim=1)
         itself = torch.cat([iou.value[:, None], nothing, nothing[:, :1]], dim=1)
         sources = torch.where(((intersection.error == 0) & (union.error == 0))[:, None], both, sources)
-        return torch.where((iou.error == 0)[:, None], itself, sources)
+        sources = torch.where((iou.error == 0)[:, None], itself, sources)
+        alone = torch.where(self.unsure[columns], columns, -1)
+        return torch.cat([sources, alone[:, None].to(sources)], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------ one image's world

@@ -199,14 +199,31 @@ def test_overflowing_areas_leave_everything_open_or_are_right() -> None:
     assert not explanation.wrong(assign(**given).gt_index).any()
 
 
-def test_a_share_at_the_edge_of_being_ignored_has_two_worlds() -> None:
+def test_a_share_at_the_edge_of_being_ignored_may_be_so_or_not() -> None:
     third = [0.0, 0.0, 8.0, 8 / 3]  # a third of the first anchor, but for rounding
     given = one_image([[0.0, 0, 8, 8]], [[0.0, 0, 8, 8], [8.0, 0, 16, 8]], ignore_iof_thr=1 / 3)
     given |= {"ignore_boxes": torch.tensor([[third]]), "ignore_valid": torch.ones(1, 1, dtype=torch.bool)}
     explanation = explain_assign(**given)
-    assert len(explanation.worlds[0]) == 2
-    for outcome, wrong in (([0, -1], False), ([-2, 0], True), ([-2, -1], True), ([-1, -1], True)):
-        assert explanation.wrong(torch.tensor([outcome])).any() == (wrong and outcome != [-2, 0])
+    # If it is ignored, the ground truth overlaps the other anchor most.
+    for outcome, right in (([0, -1], True), ([-2, 0], True), ([-2, -1], False), ([-1, -1], False)):
+        assert explanation.wrong(torch.tensor([outcome])).any() != right
+    for overlap in (1.0, -1.0):
+        quality = explanation.quality(torch.tensor([[0, -1]]))
+        assert abs(overlap - quality.value[0, 0]) <= quality.error[0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_many_shares_at_the_edge_are_never_wrong(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(11)
+    for least in (0.0, -1.0):
+        given = in_dtype(scene(generator, EXACT, smallest=3), dtype)
+        given |= {"ignore_boxes": given["gt_boxes"] + 6, "ignore_valid": given["gt_valid"], "ignore_iof_thr": 0.5}
+        explanation = explain_assign(**given, min_pos_iou=least, dtype=dtype)
+        for exact in (given, in_dtype(given, torch.float64)):
+            result = assign(**exact, min_pos_iou=least)
+            assert not explanation.wrong(result.gt_index).any()
+            quality = explanation.quality(result.gt_index)
+            assert ((result.quality.double() - quality.value).abs() <= quality.error).all()
 
 
 # ---------------------------------------------------------------------------------------------------- sharpness
