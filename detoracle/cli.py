@@ -7,6 +7,7 @@ import traceback
 
 import typer
 
+from detoracle.commands.bench import bench
 from detoracle.commands.check import check
 from detoracle.commands.compare import compare
 from detoracle.commands.faults import faults
@@ -22,7 +23,7 @@ app = typer.Typer(
     help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None
 )
 app.command("list")(list_)
-for _command in (describe, env, compare, check, golden, replay, faults, report):
+for _command in (describe, env, compare, check, bench, golden, replay, faults, report):
     app.command()(_command)
 
 

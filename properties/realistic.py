@@ -8,7 +8,7 @@ another by more than half, as a rider does with a horse; all others keep apart w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -70,6 +70,7 @@ def realistic(
     seed: int,
     image_size: tuple[int, int] = (640, 640),
     num_classes: int | None = None,
+    num_gts: int | None = None,
 ) -> Scene:
     """Draw a scene whose ground truths look like those of real images, with a trained detector's predictions.
 
@@ -85,11 +86,13 @@ def realistic(
         Height and width of the network's input in pixels.
     num_classes : int, optional
         80 for ``coco``, 10 for ``crowd``. The lower the class, the more frequent.
+    num_gts : int, optional
+        Boxes of every image, instead of as many as real images have.
 
     Raises
     ------
     InputError
-        Unknown preset, or no image.
+        Unknown preset, no image, or a negative number of boxes.
 
     Examples
     --------
@@ -102,6 +105,10 @@ def realistic(
     if num_images < 1:
         raise InputError("num_images", expected="at least 1", got=str(num_images), where="realistic")
     shape = _PRESETS[preset]
+    if num_gts is not None:
+        if num_gts < 0:
+            raise InputError("num_gts", expected="0 or more", got=str(num_gts), where="realistic")
+        shape = replace(shape, counts=((0, 1), (num_gts + 0.5, num_gts + 0.5)))
     classes = num_classes or shape.num_classes
     generator = torch.Generator().manual_seed(seed)
     ranks = (torch.randperm(num_images, generator=generator) + _uniform(generator, num_images)) / num_images

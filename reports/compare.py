@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,10 +24,11 @@ from detoracle.properties.systems import System
 from detoracle.properties.worker import Worker
 from detoracle.reference.contract import Operation
 from detoracle.reports.counters import count
-from detoracle.reports.record import Measurement, Picture, Row
+from detoracle.reports.environment import source_hash
+from detoracle.reports.record import Measurement, Picture, Row, measurement
 from detoracle.reports.timing import paired
 
-__all__ = ["Part", "Settings", "compare_operation", "read_part", "write_part"]
+__all__ = ["Part", "Settings", "compare_operation", "read_part", "run_key", "write_part"]
 
 _MOST_FILES = 20  # scene files kept for one implementation of one operation
 _MOST_PICTURES = 5  # ... and pictures, which are ten times as large
@@ -215,18 +217,7 @@ def _measure(
         synchronize=synchronize,
     )
     return tuple(
-        Measurement(
-            operation=operation.name,
-            implementation=name,
-            workload=case.name,
-            milliseconds=timing.median * 1e3,
-            times_faster=timing.times_faster,
-            low=timing.low,
-            high=timing.high,
-            baseline="oracle",
-            rounds=timing.rounds,
-            **asdict(counters[name]),
-        )
+        replace(measurement(operation.name, name, timing, counters[name], baseline="oracle"), workload=case.name)
         for name, timing in timings.items()
     )
 
@@ -249,6 +240,17 @@ def _prepared(operation: Operation, call: Callable[..., Any], arguments: Mapping
 
 
 # -------------------------------------------------------------------------------------------------------- parts
+def run_key(*asked: object) -> str:
+    """Key of what was asked for, and of the source that answers it.
+
+    Examples
+    --------
+    >>> run_key("a") == run_key("a"), run_key("a") == run_key("b")
+    (True, False)
+    """
+    return hashlib.sha256(repr((asked, source_hash())).encode()).hexdigest()
+
+
 def write_part(part: Part, key: str, folder: Path) -> None:
     """Keep one operation's results, so that an interrupted run can go on.
 

@@ -9,12 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from detoracle.reference.errors import InputError
+from detoracle.reports.counters import Counters
+from detoracle.reports.timing import Timing
 
-__all__ = ["SCHEMA", "Measurement", "Picture", "Report", "Row", "Surprise", "from_json", "to_json"]
+__all__ = [
+    "SCHEMA",
+    "Growth",
+    "Measurement",
+    "Picture",
+    "Report",
+    "Row",
+    "Surprise",
+    "from_json",
+    "measurement",
+    "to_json",
+]
 
 SCHEMA = 1
 
@@ -83,6 +96,17 @@ class Measurement:
     rounds : int
     operations, host_syncs, bytes_read, bytes_written, peak_live_bytes : int
         Exact counters of one call.
+    phase : str
+        What was timed: ``forward``, ``forward and backward``; empty where `compare` chose.
+    batch, gts, anchors, classes : int
+        Size of the bench's workload; 0 for a scene.
+    first_call : float
+        Milliseconds of the first call, which compiles if anything does; 0 where it was not taken.
+    floor_share : float
+        Time that moving the call's data once would take at the speed of a copy in the same run, over its own time; 0
+        where it was not measured.
+    checked : int
+        Calls whose outputs were checked.
     """
 
     operation: str
@@ -99,6 +123,41 @@ class Measurement:
     bytes_read: int
     bytes_written: int
     peak_live_bytes: int
+    phase: str = ""
+    batch: int = 0
+    gts: int = 0
+    anchors: int = 0
+    classes: int = 0
+    first_call: float = 0.0
+    floor_share: float = 0.0
+    checked: int = 0
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How cost grows along one axis: the slope of a straight line through the logarithms.
+
+    Attributes
+    ----------
+    operation, implementation, phase : str
+    axis : str
+        ``batch``, ``gts``, ``anchors`` or ``classes``; the others stay as they are.
+    fixed : str
+        The sizes that stay.
+    points : int
+        Sizes measured.
+    time_exponent, bytes_exponent : float
+        Of the time, and of the peak live bytes: 1 grows in proportion.
+    """
+
+    operation: str
+    implementation: str
+    phase: str
+    axis: str
+    fixed: str
+    points: int
+    time_exponent: float
+    bytes_exponent: float
 
 
 @dataclass(frozen=True)
@@ -189,6 +248,7 @@ class Report:
         From `environment()`.
     rows : tuple of Row
     measurements : tuple of Measurement
+    growth : tuple of Growth
     pictures : tuple of Picture
     notes : tuple of str
         Facts about the run that a reader needs: ignored boxes, skipped implementations.
@@ -207,11 +267,38 @@ class Report:
     pictures: tuple[Picture, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
     quirks: tuple[Surprise, ...] = ()
+    growth: tuple[Growth, ...] = ()
 
     @property
     def findings(self) -> tuple[Row, ...]:
         """Rows that are wrong."""
         return tuple(row for row in self.rows if row.wrong)
+
+
+def measurement(
+    operation: str, implementation: str, timing: Timing, counters: Counters, *, baseline: str
+) -> Measurement:
+    """Put a timing and counters into one record; its workload is left empty.
+
+    Examples
+    --------
+    >>> from detoracle.reports.timing import summarise
+    >>> m = measurement("yolox.loss", "mine", summarise([2.0], [1.0]), Counters(1, 0, 4, 4, 4), baseline="oracle")
+    >>> m.milliseconds, m.times_faster, m.host_syncs
+    (1000.0, 2.0, 0)
+    """
+    return Measurement(
+        operation=operation,
+        implementation=implementation,
+        workload="",
+        milliseconds=timing.median * 1e3,
+        times_faster=timing.times_faster,
+        low=timing.low,
+        high=timing.high,
+        baseline=baseline,
+        rounds=timing.rounds,
+        **asdict(counters),
+    )
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -297,6 +384,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "tuple[str, ...]": lambda value: tuple(_list(_exactly(str))(value)),
     "tuple[Row, ...]": lambda value: tuple(_read(Row, item) for item in value),
     "tuple[Measurement, ...]": lambda value: tuple(_read(Measurement, item) for item in value),
+    "tuple[Growth, ...]": lambda value: tuple(_read(Growth, item) for item in value),
     "tuple[Surprise, ...]": lambda value: tuple(_read(Surprise, item) for item in value),
     "tuple[Picture, ...]": lambda value: tuple(_read(Picture, item) for item in value),
     "Mapping[str, str | int | bool]": _exactly(dict),

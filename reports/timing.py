@@ -11,12 +11,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
+from typing import Any, TypeVar
 
 import numpy as np
 
 from detoracle.reference.errors import InputError
 
-__all__ = ["Timing", "paired", "summarise"]
+__all__ = ["Timing", "paired", "summarise", "timed"]
+
+T = TypeVar("T")
 
 _RESAMPLES = 2001  # the 2.5 % and 97.5 % quantiles of so many are two of them: nothing is interpolated
 
@@ -56,13 +59,15 @@ class Timing:
 
 
 def paired(
-    calls: Mapping[str, Callable[[int], object]],
+    calls: Mapping[str, Callable[[Any], object]],
     *,
     baseline: str,
     rounds: int,
     warmup: int = 1,
     seed: int = 0,
     synchronize: Callable[[], object] | None = None,
+    prepare: Callable[[int], Any] = lambda number: number,
+    inspect: Callable[[str, int, Any], object] = lambda name, number, result: None,
 ) -> dict[str, Timing]:
     """Time several calls against one of them, turn by turn.
 
@@ -81,6 +86,10 @@ def paired(
         Seed of the shuffling and of the bootstrap.
     synchronize : callable, optional
         Called before either reading of the clock: ``torch.cuda.synchronize`` for calls that run on a GPU.
+    prepare : callable, optional
+        Makes a call's argument from the number of the round, outside the time.
+    inspect : callable, optional
+        Is given name, number of the round and result after every call, outside the time.
 
     Returns
     -------
@@ -113,7 +122,9 @@ def paired(
     for number in range(warmup + rounds):
         for turn in generator.permutation(len(names)):
             name = names[turn]
-            seconds = _seconds(calls[name], number, synchronize)
+            seconds, result = timed(calls[name], prepare(number), synchronize)
+            inspect(name, number, result)
+            del result  # nothing of one call is alive in the next
             if number >= warmup:
                 samples[name].append(seconds)
     return {name: summarise(samples[baseline], samples[name], seed) for name in names}
@@ -160,11 +171,31 @@ def summarise(baseline_samples: Sequence[float], samples: Sequence[float], seed:
     return Timing(float(np.median(samples)), tuple(map(float, samples)), times_faster, low, high)
 
 
-def _seconds(call: Callable[[int], object], number: int, synchronize: Callable[[], object] | None) -> float:
-    """Time one call."""
+def timed(call: Callable[[Any], T], argument: Any, synchronize: Callable[[], object] | None = None) -> tuple[float, T]:
+    """Time one call.
+
+    Parameters
+    ----------
+    call : callable
+    argument : object
+        Its only argument.
+    synchronize : callable, optional
+        Called before either reading of the clock.
+
+    Returns
+    -------
+    seconds : float
+    result : object
+
+    Examples
+    --------
+    >>> seconds, result = timed(sum, [1, 2])
+    >>> seconds > 0, result
+    (True, 3)
+    """
     wait = synchronize or (lambda: None)
     wait()
     start = perf_counter_ns()
-    call(number)
+    result = call(argument)
     wait()
-    return (perf_counter_ns() - start) / 1e9
+    return (perf_counter_ns() - start) / 1e9, result

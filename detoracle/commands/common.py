@@ -18,7 +18,7 @@ from detoracle.properties.systems import System, every_operation, find_operation
 from detoracle.reference.contract import Operation
 from detoracle.reference.errors import InputError
 
-__all__ = ["chosen_operations", "device_named", "dtype_named", "scenes_named", "write_json"]
+__all__ = ["chosen_operations", "device_named", "dtype_named", "scenes_named", "write_json", "written_command"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,3 +62,8 @@ def write_json(path: Path | None, body: Any) -> None:
     """Write ``--json FILE``, if it was given."""
     if path is not None:
         write_atomically(path, json.dumps(body, indent=1, sort_keys=True) + "\n")
+
+
+def written_command(arguments: Sequence[str]) -> str:
+    """The command as a person would type it again, without the folders of this machine."""
+    return " ".join(["detoracle", *(Path(a).name if a.startswith("/") else a for a in arguments[1:])])

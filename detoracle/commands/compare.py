@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from contextlib import ExitStack
@@ -15,7 +14,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from detoracle.commands.common import chosen_operations, device_named, dtype_named, scenes_named, write_json
+from detoracle.commands.common import (
+    chosen_operations,
+    device_named,
+    dtype_named,
+    scenes_named,
+    write_json,
+    written_command,
+)
 from detoracle.implementations.registry import Implementation, discover
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import System
@@ -23,8 +29,8 @@ from detoracle.properties.worker import Worker
 from detoracle.reference.contract import Operation
 from detoracle.reference.errors import InputError
 from detoracle.reference.quirks.ledger import ledger
-from detoracle.reports.compare import Part, Settings, compare_operation, read_part, write_part
-from detoracle.reports.environment import environment, source_hash
+from detoracle.reports.compare import Part, Settings, compare_operation, read_part, run_key, write_part
+from detoracle.reports.environment import environment
 from detoracle.reports.record import Report, Surprise, to_json
 from detoracle.reports.writing import locked, write_report
 
@@ -58,12 +64,12 @@ def compare(
     names = scenes or ["realistic"]
     chosen = _chosen(operation or [], implementation or [])
     all_scenes = [scene for name in names for scene in scenes_named(name, seed=seed)]
-    key = hashlib.sha256(repr((settings, names, chosen, source_hash())).encode()).hexdigest()
+    key = run_key(settings, names, chosen)
     with locked(out):
         parts = _parts(chosen, all_scenes, settings, out, key if resume else None, key)
     report = Report(
         title=f"Implementations against oracles, {' and '.join(Path(name).name for name in names)} scenes",
-        command=_command(),
+        command=written_command(sys.argv),
         started=started,
         seconds=round(time.monotonic() - clock, 1),
         seed=seed,
@@ -130,10 +136,6 @@ def _quirks(operations: set[str]) -> tuple[Surprise, ...]:
         for quirk in ledger()
         if quirk.operation in operations
     )
-
-
-def _command() -> str:
-    return " ".join(["detoracle", *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])])
 
 
 def _summarise(report: Report) -> None:
