@@ -11,6 +11,7 @@ from detoracle.commands.bench import bench
 from detoracle.commands.check import check
 from detoracle.commands.compare import compare
 from detoracle.commands.faults import faults
+from detoracle.commands.gate import gate
 from detoracle.commands.golden import golden
 from detoracle.commands.inspecting import describe, env, list_
 from detoracle.commands.replay import replay
@@ -23,7 +24,7 @@ app = typer.Typer(
     help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None
 )
 app.command("list")(list_)
-for _command in (describe, env, compare, check, bench, golden, replay, faults, report):
+for _command in (describe, env, compare, check, bench, gate, golden, replay, faults, report):
     app.command()(_command)
 
 

@@ -23,7 +23,7 @@ from detoracle.reports.agreement import Agreement, agreement
 from detoracle.reports.counters import Counters, count
 from detoracle.reports.record import Growth, Measurement, Row, measurement
 from detoracle.reports.timing import paired, timed
-from detoracle.reports.workloads import Workload, rolled, workload_case
+from detoracle.reports.workloads import Workload, hash_of, rolled, workload_case
 
 __all__ = ["Bench", "copy_speed", "growth", "measure"]
 
@@ -134,6 +134,8 @@ def measure(
                 first_call=first[name] * 1e3,
                 floor_share=floor / timing.median,
                 checked=bench.rounds + 2,
+                setting=case.setting,
+                inputs=hash_of(case.arguments),
             )
             for name, timing in timings.items()
             if name not in trial.problems or name == baseline

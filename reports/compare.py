@@ -27,6 +27,7 @@ from detoracle.reports.counters import count
 from detoracle.reports.environment import source_hash
 from detoracle.reports.record import Measurement, Picture, Row, measurement
 from detoracle.reports.timing import paired
+from detoracle.reports.workloads import hash_of
 
 __all__ = ["Part", "Settings", "compare_operation", "read_part", "run_key", "write_part"]
 
@@ -216,8 +217,14 @@ def _measure(
         seed=settings.seed,
         synchronize=synchronize,
     )
+    inputs = hash_of(case.arguments)
     return tuple(
-        replace(measurement(operation.name, name, timing, counters[name], baseline="oracle"), workload=case.name)
+        replace(
+            measurement(operation.name, name, timing, counters[name], baseline="oracle"),
+            workload=case.name,
+            setting=case.setting,
+            inputs=inputs,
+        )
         for name, timing in timings.items()
     )
 

@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -109,6 +110,7 @@ def count(call: Callable[[], T]) -> tuple[T, Counters]:
     >>> count(lambda: scores.mul(2).sum().item())
     (999000.0, Counters(operations=3, host_syncs=1, bytes_read=8004, bytes_written=4004, peak_live_bytes=4004))
     """
+    import_module("torch._dynamo")  # PyTorch would at first need: frames of that import keep the caller's tensors alive
     meter = _Meter()
     collecting = gc.isenabled()
     gc.disable()

@@ -107,6 +107,10 @@ class Measurement:
         where it was not measured.
     checked : int
         Calls whose outputs were checked.
+    setting : str
+        The operation's argument set.
+    inputs : str
+        Hash of the arguments: measurements of different ones are not compared.
     """
 
     operation: str
@@ -131,6 +135,8 @@ class Measurement:
     first_call: float = 0.0
     floor_share: float = 0.0
     checked: int = 0
+    setting: str = ""
+    inputs: str = ""
 
 
 @dataclass(frozen=True)

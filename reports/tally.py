@@ -9,7 +9,7 @@ from functools import cached_property
 
 from detoracle.reports.record import Row
 
-__all__ = ["Cell", "Tally"]
+__all__ = ["Cell", "Tally", "badness"]
 
 _ORDER = ("equal", "ambiguous", "undefined", "different", "mutated-input", "raised", "timeout")  # from good to bad
 
@@ -61,12 +61,12 @@ class Cell:
     @property
     def badness(self) -> int:
         """How bad the worst status is: 0 for equal."""
-        return _badness(self.worst)
+        return badness(self.worst)
 
     @property
     def worst(self) -> str:
         """The worst status among the checks."""
-        return max(self.counts, key=_badness)
+        return max(self.counts, key=badness)
 
 
 class Tally:
@@ -106,17 +106,17 @@ class Tally:
     @cached_property
     def statuses(self) -> list[str]:
         """Statuses that occur, from good to bad."""
-        return sorted(self.counts, key=_badness)
+        return sorted(self.counts, key=badness)
 
     @cached_property
     def wrong_statuses(self) -> list[str]:
         """Statuses of findings that occur."""
-        return sorted({row.status for cell in self.cells.values() for row in cell.findings}, key=_badness)
+        return sorted({row.status for cell in self.cells.values() for row in cell.findings}, key=badness)
 
     def statuses_of(self, operation: str) -> list[str]:
         """Statuses that occur among an operation's checks, from good to bad."""
         cells = (self.cells.get((operation, implementation)) for implementation in self.implementations)
-        return sorted({status for cell in cells if cell for status in cell.counts}, key=_badness)
+        return sorted({status for cell in cells if cell for status in cell.counts}, key=badness)
 
     @cached_property
     def findings(self) -> int:
@@ -162,7 +162,14 @@ class Tally:
         return [(name, positives[name], ambiguous[name]) for name in assigning]
 
 
-def _badness(status: str) -> int:
+def badness(status: str) -> int:
+    """Rank of a status, from good to bad: 0 for equal.
+
+    Examples
+    --------
+    >>> badness("different") > badness("ambiguous") > badness("equal")
+    True
+    """
     return _ORDER.index(status) if status in _ORDER else len(_ORDER)
 
 

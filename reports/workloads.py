@@ -7,6 +7,7 @@ where there are more ground truths than everyday images have, crowds.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from detoracle.properties.systems import System
 from detoracle.reference.contract import Operation, arguments_of
 from detoracle.reference.errors import InputError
 
-__all__ = ["STANDARD_ANCHORS", "Workload", "images_of", "rolled", "sides", "workload_case"]
+__all__ = ["STANDARD_ANCHORS", "Workload", "hash_of", "images_of", "rolled", "sides", "workload_case"]
 
 _MOST_EVERYDAY = 51  # ground truths; fuller images are crowds
 _STEP = 32  # pixels between image sides that are tried for a number of anchors
@@ -220,6 +221,34 @@ def images_of(operation: Operation, arguments: Mapping[str, Any]) -> Iterator[di
 
     for image in range(number):
         yield {name: one(value, image) if name in names else value for name, value in arguments.items()}
+
+
+def hash_of(arguments: Mapping[str, Any]) -> str:
+    """Hash of arguments, bit for bit.
+
+    Parameters
+    ----------
+    arguments : mapping
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
+
+    Examples
+    --------
+    >>> hash_of({"a": torch.zeros(2)}) == hash_of({"a": torch.zeros(2)})
+    True
+    >>> hash_of({"a": torch.zeros(2)}) == hash_of({"a": -torch.zeros(2)})
+    False
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(arguments.items()):
+        for item in value if isinstance(value, list) else [value]:
+            digest.update(f"{name} {item.dtype} {tuple(item.shape)}".encode() if isinstance(item, Tensor) else b"")
+            exact = item.detach().cpu().contiguous().view(-1).view(torch.uint8) if isinstance(item, Tensor) else None
+            digest.update(f"{name} {item!r}".encode() if exact is None else exact.numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _per_image(operation: Operation, arguments: Mapping[str, Any]) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import operator
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -45,6 +47,19 @@ def test_every_number_follows_from_the_shapes() -> None:
 
 def test_a_second_run_counts_the_same() -> None:
     assert _counters(lambda: _normalised(X)) == _counters(lambda: _normalised(X))
+
+
+def test_the_first_count_of_a_process_is_like_any_other() -> None:
+    code = """
+from detoracle.implementations.batched.yolox import assign
+from detoracle.properties.systems import find_operation
+from detoracle.reports.counters import count
+from detoracle.reports.workloads import Workload, workload_case
+given = workload_case(*find_operation("yolox.assign"), Workload(1, 2, 84, 3)).arguments
+first, second = (count(lambda: assign(**given))[1] for _ in range(2))
+assert first == second, (first, second)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_the_size_of_the_input_decides_and_its_values_do_not() -> None:
