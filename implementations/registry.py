@@ -23,7 +23,7 @@ __all__ = ["BUILT_IN", "ENTRY_POINTS", "Implementation", "discover", "implements
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENTRY_POINTS = "detoracle.implementations"
-BUILT_IN = ("batched", "loop")
+BUILT_IN = ("batched", "loop", "sparse")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ HEADS: dict[str, dict[str, Any]] = {
         "sampler": "random",
         "seed": 7,
         "num": 48,
+        "allowed_border": 8,
     },
     "ssd-like": {
         "class_loss": "cross_entropy",
@@ -45,14 +46,18 @@ HEADS: dict[str, dict[str, Any]] = {
         "neg_iou_thr": 0.5,
         "gt_max_assign_all": False,
         "stds": (0.1, 0.1, 0.2, 0.2),
+        "pos_weight": 2.0,
     },
     "giou": {"class_loss": "focal", "box_loss": "giou", "reg_decoded_bbox": True, "box_loss_weight": 2.0},
 }
 """Settings of `anchor_head.loss` for the heads that are compared."""
 
+_SSD_STDS = (0.1, 0.1, 0.2, 0.2)
 _ASSIGNER = ("pos_iou_thr", "neg_iou_thr", "min_pos_iou", "gt_max_assign_all")
+_MEANS = (0.0, 0.1, -0.1, 0.2)
 _RATIOS = (0.5, 1.0, 2.0)
-_LARGE = 256  # from this image side on, one scale an octave instead of three
+_LARGE = 256  # from this image side on, one scale an octave instead of three ...
+_RETINANET_LEVELS = 5  # ... but for a pyramid of as many levels as RetinaNet's
 
 
 def native(scene: Scene) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def native(scene: Scene) -> dict[str, Any]:
     gt_boxes, gt_labels, gt_valid = scene.padded()
     height, width = scene.image_size
     sizes = scene.level_sizes
-    scales = 1 if min(height, width) >= _LARGE else 3
+    scales = 1 if min(height, width) >= _LARGE and len(scene.strides) < _RETINANET_LEVELS else 3
     anchors = anchor_head_boxes.anchors(
         sizes,
         strides=scene.strides,
@@ -129,10 +134,13 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         for name, settings in HEADS.items():
             yield name, {**_head(name, given), **settings}
     elif operation == "anchor_head.ssd_loss":
-        for ratio in (3, 1):
-            yield f"{ratio}:1", {**_head("ssd-like", given), "neg_pos_ratio": ratio}
+        plain = _head("ssd-like", given)
+        yield "3:1", {**plain, "neg_pos_ratio": 3}
+        yield "1:1", {**plain, "neg_pos_ratio": 1, "pad_shapes": _smaller(given["pad_shapes"]), "beta": 1 / 9}
     elif operation == "anchor_head.inside_flags":
-        taken = {"anchors": given["anchors"], "valid": _inside(given), "image_shapes": given["image_shapes"]}
+        valid = _inside(given)
+        valid[:, ::7] = False
+        taken = {"anchors": given["anchors"], "valid": valid, "image_shapes": _smaller(given["image_shapes"])}
         for border in (-1.0, 0.0, 8.0):
             yield f"border {border:g}", {**taken, "allowed_border": border}
     elif operation in ("anchor_head.encode", "anchor_head.decode", "boxes.overlaps_mmdet"):
@@ -143,6 +151,18 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
 
 def _inside(given: dict[str, Any]) -> Tensor:
     return torch.ones(len(given["gt_valid"]), len(given["anchors"]), dtype=torch.bool, device=given["gt_valid"].device)
+
+
+def _taking_part(given: dict[str, Any], border: float) -> Tensor:
+    """Anchors (B, A) inside images of different sizes."""
+    return anchor_head_boxes.inside_flags(
+        given["anchors"], _inside(given), _smaller(given["image_shapes"]), allowed_border=border
+    )
+
+
+def _smaller(shapes: Tensor) -> Tensor:
+    """Shapes of images (B, 2) that differ, whatever the batch's."""
+    return (shapes - 8 * torch.arange(1, len(shapes) + 1, device=shapes.device)[:, None]).clamp(min=1)
 
 
 def _head(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -160,34 +180,43 @@ def _head(name: str, given: dict[str, Any]) -> dict[str, Any]:
     arguments["cls_scores"] = scores
     if name == "rpn":
         arguments["gt_labels"] = torch.zeros_like(given["gt_labels"])
+        arguments["image_shapes"] = _smaller(given["image_shapes"])
+    elif name == "giou":
+        arguments["pad_shapes"] = _smaller(given["pad_shapes"])
+        arguments["sampler"] = "random"  # which the focal loss ignores
     return arguments
 
 
 def _generators(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     grid = {"sizes": _sizes(given["bbox_preds"]), "strides": given["strides"]}
+    oblong = {**grid, "strides": [(stride, 2 * stride) for stride in given["strides"]]}
     like = given["gt_boxes"].new_zeros(())
     levels = len(grid["sizes"])
     if operation == "anchor_head.anchors":
         yield "octaves", {**grid, "ratios": _RATIOS, "like": like, "octave_base_scale": 2, "scales_per_octave": 3}
-        yield (
-            "scales",
-            {**grid, "ratios": _RATIOS, "like": like, "scales": (3.0, 8.0), "center_offset": 0.5, "scale_major": False},
-        )
+        apart = {"center_offset": 0.5, "scale_major": False}
+        yield "scales", {**oblong, "ratios": _RATIOS, "like": like, "scales": (3.0, 8.0), **apart}
+        places = {"base_sizes": [6.0] * levels, "centers": [(3.0, 5.0)] * levels}
+        yield "centres", {**grid, "ratios": _RATIOS, "like": like, "scales": (2.0,), **places}
     elif operation == "anchor_head.ssd_anchors":
         small = [10.0 + 12 * level for level in range(levels)]
         ratios = [(2.0, 3.0) if level % 2 else (2.0,) for level in range(levels)]
-        yield "", {**grid, "ratios": ratios, "min_sizes": small, "max_sizes": [s + 12 for s in small], "like": like}
+        yield "", {**oblong, "ratios": ratios, "min_sizes": small, "max_sizes": [s + 12 for s in small], "like": like}
     else:
         base = [level.shape[1] // 4 for level in given["bbox_preds"]]
-        for name, pad in (("whole", given["pad_shapes"]), ("half", given["pad_shapes"] // 2)):
-            yield name, {**grid, "pad_shapes": pad, "base_anchors": base}
+        yield "whole", {**grid, "pad_shapes": given["pad_shapes"], "base_anchors": base}
+        yield "smaller", {**grid, "pad_shapes": _smaller(given["pad_shapes"]), "base_anchors": base}
+        yield "oblong", {**oblong, "pad_shapes": _smaller(given["pad_shapes"]), "base_anchors": base}
 
 
 def _boxes(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     anchors, deltas = given["anchors"], _flat(given["bbox_preds"], 4)
     if operation == "anchor_head.decode":
         yield "", {"anchors": anchors, "deltas": deltas[0]}
-        yield "clipped", {"anchors": anchors, "deltas": deltas[0], "stds": (0.1, 0.1, 0.2, 0.2), "max_shape": (32, 48)}
+        yield "clipped", {"anchors": anchors, "deltas": deltas[0], "stds": _SSD_STDS, "max_shape": (32, 48)}
+        several = torch.cat([deltas[0], deltas[-1]], dim=1)
+        limits = {"means": _MEANS, "stds": _SSD_STDS, "ratio_clip": 1 / 4, "center_clamp": 4.0}
+        yield "two classes, clamped", {"anchors": anchors, "deltas": several, **limits}
         return
     for image, valid in enumerate(given["gt_valid"]):
         targets = given["gt_boxes"][image, valid]
@@ -195,13 +224,13 @@ def _boxes(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[st
             continue
         paired = targets[torch.arange(len(anchors), device=anchors.device) % len(targets)]
         if operation == "anchor_head.encode":
-            yield f"image {image}", {"anchors": anchors, "boxes": paired, "stds": (0.1, 0.1, 0.2, 0.2)}
+            yield f"image {image}", {"anchors": anchors, "boxes": paired, "means": _MEANS, "stds": _SSD_STDS}
             continue
         for mode in ("iou", "iof", "giou"):
             yield f"image {image}, {mode}", {"boxes_a": targets, "boxes_b": anchors, "mode": mode}
             yield (
                 f"image {image}, {mode} aligned",
-                {"boxes_a": paired, "boxes_b": anchors, "mode": mode, "aligned": True},
+                {"boxes_a": paired, "boxes_b": anchors, "mode": mode, "aligned": True, "eps": 300.0},
             )
 
 
@@ -216,14 +245,21 @@ def _assigned(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict
     }
     if operation == "anchor_head.assign":
         for name in ("retina", "rpn", "ssd-like"):
-            yield name, {**arguments, **{k: v for k, v in HEADS[name].items() if k in _ASSIGNER}}
-        regions = {"ignore_boxes": given["gt_boxes"] + 6, "ignore_valid": given["gt_valid"]}
-        yield "ignored regions", {**arguments, **regions, "ignore_iof_thr": 0.5, "neg_iou_thr": (0.1, 0.4)}
+            inside = _taking_part(given, HEADS[name].get("allowed_border", -1))
+            yield name, {**arguments, "inside": inside, **{k: v for k, v in HEADS[name].items() if k in _ASSIGNER}}
+        regions = {"ignore_boxes": given["gt_boxes"] + 8, "ignore_valid": given["gt_valid"]}
+        last = {name: given[name].flip(1) for name in ("gt_boxes", "gt_valid")}  # with padding before what is real
+        by_anchor = {"ignore_iof_thr": 0.5, "neg_iou_thr": (0.1, 0.25)}
+        yield "ignored regions", {**arguments, **last, **regions, **by_anchor}
+        by_region = {"ignore_iof_thr": 0.3, "ignore_wrt_candidates": False, "pos_iou_thr": 0.25, "neg_iou_thr": 0.125}
+        yield "shares of ignored regions", {**arguments, **regions, **by_region, "match_low_quality": False}
         return
     gt_index = anchor_head.assign(**arguments).gt_index
     if operation == "anchor_head.sample":
         yield "pseudo", {"gt_index": gt_index, "sampler": "pseudo"}
         yield "random", {"gt_index": gt_index, "sampler": "random", "seed": 3, "num": 32, "neg_pos_ub": 5.0}
+        added = {"gt_labels": given["gt_labels"], "gt_valid": given["gt_valid"], "add_gt_as_proposals": True}
+        yield "added ground truths", {"gt_index": gt_index, **added, "num": 24, "pos_fraction": 0.25}
         return
     sampled = anchor_head.sample(gt_index, sampler="pseudo")
     num_classes = given["cls_scores"][0].shape[1] * 4 // given["bbox_preds"][0].shape[1]
@@ -237,8 +273,10 @@ def _assigned(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict
         "num_classes": num_classes,
     }
     if operation == "anchor_head.targets":
-        yield "", targets
-        yield "decoded, weighted", {**targets, "reg_decoded_bbox": True, "pos_weight": 2.0}
+        yield "", {**targets, "means": _MEANS, "stds": _SSD_STDS}
+        positive, negative, _ = anchor_head.sample(gt_index, num=16, seed=1)
+        drawn = {**targets, "positive": positive, "negative": negative}
+        yield "drawn, decoded, weighted", {**drawn, "reg_decoded_bbox": True, "pos_weight": 2.0}
         return
     try:
         made = anchor_head.targets(**targets)
@@ -271,6 +309,25 @@ def _terms(operation: str, given: dict[str, Any], made: Any, num_classes: int) -
         rows = {"predicted": predicted, "target": box_targets, "weight": box_weights}
     for name, settings in reductions:
         yield name, {**rows, **settings}
+    yield _special(term, rows)
+
+
+def _special(term: str, rows: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What one loss term alone can do, or does without its defaults."""
+    if term in ("cross_entropy", "sigmoid_cross_entropy"):
+        weights = [1 + label / 4 for label in range(rows["logits"].shape[1])]
+        if term == "sigmoid_cross_entropy":
+            rows["labels"] = rows["labels"].where(torch.arange(len(rows["labels"])) % 5 > 0, -1)
+        return "weighted classes", {**rows, "class_weight": weights, "ignore_index": 0, "avg_non_ignore": True}
+    if term == "sigmoid_focal_loss":
+        probabilities = rows["logits"].sigmoid().nan_to_num().clamp(1 / 64, 63 / 64)  # which rounding keeps in 0 to 1
+        settings = {"activated": True, "gamma": 1.5, "alpha": 0.6, "reduction": "none"}
+        return "probabilities", {**rows, "logits": probabilities, **settings}
+    if term == "giou_loss":
+        return "each pair", {**rows, "weight": rows["weight"][:, 0], "reduction": "none", "eps": 300.0}
+    if term == "smooth_l1_loss":
+        return "each number", {**rows, "beta": 1 / 9, "reduction": "none"}
+    return "plain mean", {**rows, "weight": None}
 
 
 def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:

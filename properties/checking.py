@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from detoracle.properties.comparison import Expectation, Finding, Verdict, expect
+from detoracle.properties.laws.catalogue import follow_up_of, laws_of
+from detoracle.properties.laws.law import Law, Question
 from detoracle.properties.outputs import Outcome
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import System
 from detoracle.reference.contract import Operation
 from detoracle.reference.explain.explanation import Explanation
 
-__all__ = ["MOST_AMBIGUOUS", "Case", "Result", "cases", "judge_case", "smallest_failure"]
+__all__ = ["MOST_AMBIGUOUS", "Case", "Result", "cases", "check_scene", "judge_case", "judge_law", "smallest_failure"]
 
 MOST_AMBIGUOUS = 0.01
 """Largest share of ambiguous positives that a generic scene may have before tolerance could hide a defect."""
 
 _GENERIC = frozenset({"random", "realistic"})  # crowds aside: tiny boxes inside the same few cells tie by nature
+_FEWEST_AMBIGUOUS = 4  # one near-tie leaves two anchors open: chance pairs in a small scene hide nothing
 _EXACT_TIE = 1 / 16  # margins below this are ties, but for the rounding of the inputs: SSD's priors of equal area
 
 Call = Callable[[Mapping[str, Any]], Outcome]
@@ -44,10 +48,30 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """Verdict on one case."""
+    """Verdict on one case, or on a law of it.
+
+    Attributes
+    ----------
+    case : Case
+    verdict : Verdict
+    law : Law or None
+        The law that was judged beside the case; None for the case itself.
+    arguments : mapping
+        Of the call that was judged: the case's own, or those that the law made of them.
+    trial : str
+        Id of the trial (`detoracle.properties.trials`) that it was; empty if it was none.
+    """
 
     case: Case
     verdict: Verdict
+    law: Law | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    trial: str = ""
+
+    @property
+    def clause(self) -> str:
+        """Clause of the first finding; of a wrong verdict."""
+        return self.verdict.findings[0].clause
 
 
 def cases(
@@ -93,6 +117,60 @@ def _placed(value: Any, device: str, dtype: torch.dtype) -> Any:
     return value
 
 
+def check_scene(
+    system: System,
+    operation: Operation,
+    scene: Scene,
+    call: Call,
+    *,
+    number: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Result]:
+    """Judge an implementation on all cases of a scene and, beside each, on one law in rotation.
+
+    Parameters
+    ----------
+    system : System
+    operation : Operation
+    scene : Scene
+    call : callable
+        Maps arguments to an `Outcome`.
+    number : int
+        Of the scene: where the rotation of laws begins.
+    device : str
+        Where the tensors are put.
+    dtype : torch.dtype
+        Of all floating tensors.
+
+    Yields
+    ------
+    Result
+        Of a case; then, if that was right, of the first law from the place in rotation that has something to say.
+
+    Examples
+    --------
+    >>> from functools import partial
+    >>> from detoracle.properties.edge_cases import edge_cases
+    >>> from detoracle.properties.outputs import perform
+    >>> from detoracle.properties.systems import find_operation
+    >>> system, operation = find_operation("yolox.assign")
+    >>> call = partial(perform, operation, operation.oracle)
+    >>> [result.verdict.status for result in check_scene(system, operation, edge_cases()[4], call, number=0)]
+    ['equal', 'equal', 'equal', 'equal']
+    """
+    laws = laws_of(operation)
+    for place, case in enumerate(cases(system, operation, scene, device=device, dtype=dtype), start=number):
+        expectation = expect(system, operation, case.arguments)
+        first = call(case.arguments)
+        result = _judged(case, expectation, first)
+        yield result
+        if not result.verdict.wrong:
+            turns = (laws[(place + turn) % len(laws)] for turn in range(len(laws)))
+            found = (judge_law(system, operation, law, case, expectation, first, call) for law in turns)
+            yield from itertools.islice((judged for judged in found if judged is not None), 1)
+
+
 def judge_case(case: Case, expectation: Expectation, call: Call) -> Result:
     """Call an implementation on a case and judge what it did.
 
@@ -108,35 +186,71 @@ def judge_case(case: Case, expectation: Expectation, call: Call) -> Result:
     -------
     Result
     """
-    verdict = expectation.judge(call(case.arguments))
-    if expectation.explanation is not None and case.scene.tags & _GENERIC and "crowd" not in case.scene.tags:
-        share, positives = _ambiguous_share(expectation.explanation)
-        if share > MOST_AMBIGUOUS and positives >= 1 / MOST_AMBIGUOUS:
-            message = f"{share:.1%} of {positives} positives are ambiguous in a generic scene"
+    return _judged(case, expectation, call(case.arguments))
+
+
+def _judged(case: Case, expectation: Expectation, outcome: Outcome) -> Result:
+    verdict = expectation.judge(outcome)
+    judged = case.scene.tags & _GENERIC and "crowd" not in case.scene.tags
+    if judged and expectation.explanation is not None and case.native["gt_boxes"].dtype == torch.float32:
+        ambiguous, positives = _ambiguous_positives(expectation.explanation)
+        if ambiguous >= _FEWEST_AMBIGUOUS and ambiguous > MOST_AMBIGUOUS * positives:
+            message = f"{ambiguous} of {positives} positives are ambiguous in a generic scene"
             finding = Finding(f"{expectation.operation.name}[ambiguity]", "", message)
             verdict = replace(verdict, status="different", findings=(*verdict.findings, finding))
-    return Result(case, verdict)
+    return Result(case, verdict, arguments=case.arguments)
 
 
-def _ambiguous_share(explanation: Explanation) -> tuple[float, int]:
-    """Share of positives that rounding leaves open, and their number; what ties by design is no matter of rounding."""
+def _ambiguous_positives(explanation: Explanation) -> tuple[int, int]:
+    """Positives that rounding leaves open, and all; what ties by design is no matter of rounding."""
     positive = explanation.gt_index >= 0
     open_ = explanation.ambiguous & positive & (explanation.margin > _EXACT_TIE)
-    positives = int(positive.sum())
-    return int(open_.sum()) / max(positives, 1), positives
+    return int(open_.sum()), int(positive.sum())
+
+
+def judge_law(
+    system: System, operation: Operation, law: Law, case: Case, expectation: Expectation, first: Outcome, call: Call
+) -> Result | None:
+    """Judge one law of a case.
+
+    Parameters
+    ----------
+    system : System
+    operation : Operation
+    law : Law
+    case : Case
+    expectation : Expectation
+        From `expect`, for the case's arguments.
+    first : Outcome
+        What the implementation rightly did on the case.
+    call : callable
+        Maps arguments to an `Outcome`.
+
+    Returns
+    -------
+    Result or None
+        None where the law has nothing to say about the case.
+    """
+    if expectation.behaviour is not None or first.problem:
+        return None
+    question = Question(system, operation, case.arguments, expectation, first)
+    follow_up = follow_up_of(law, question)
+    if follow_up is None:
+        return None
+    return Result(case, law.judge(question, follow_up, call), law, follow_up.calls[0])
 
 
 def smallest_failure(
     system: System, operation: Operation, failure: Result, call: Call, *, attempts: int = 200
 ) -> Result:
-    """Drop images and ground truths from a failing scene while it still fails in the same clause.
+    """Drop images, ground truths and levels from a failing scene while it still fails in the same clause.
 
     Parameters
     ----------
     system : System
     operation : Operation
     failure : Result
-        A wrong verdict.
+        A wrong verdict on a case or on a law.
     call : callable
         Maps arguments to an `Outcome`.
     attempts : int
@@ -147,12 +261,11 @@ def smallest_failure(
     Result
         The smallest failure found; `failure` itself if nothing smaller fails.
     """
-    clause = failure.verdict.findings[0].clause
     best = failure
     while attempts > 0:
         for native in _simpler(best.case.native, system.shared):
             attempts -= 1
-            found = _failing(system, operation, best.case, native, call, clause)
+            found = _failing(system, operation, best, native, call)
             if found is not None:
                 best = found
                 break
@@ -164,18 +277,23 @@ def smallest_failure(
 
 
 def _failing(
-    system: System, operation: Operation, case: Case, native: Mapping[str, Any], call: Call, clause: str
+    system: System, operation: Operation, failure: Result, native: Mapping[str, Any], call: Call
 ) -> Result | None:
-    for simpler in _cases(system, operation, case.scene, native):
-        if simpler.setting == case.setting:
-            verdict = expect(system, operation, simpler.arguments).judge(call(simpler.arguments))
-            if verdict.wrong and verdict.findings[0].clause == clause:
-                return Result(simpler, verdict)
+    """The same failure on simpler input, if it fails there."""
+    for simpler in _cases(system, operation, failure.case.scene, native):
+        if simpler.setting == failure.case.setting:
+            expectation, first = expect(system, operation, simpler.arguments), call(simpler.arguments)
+            verdict = expectation.judge(first)
+            found: Result | None = Result(simpler, verdict, arguments=simpler.arguments)
+            if failure.law is not None and not verdict.wrong:
+                found = judge_law(system, operation, failure.law, simpler, expectation, first, call)
+            if found is not None and found.verdict.wrong and found.clause == failure.clause:
+                return found
     return None
 
 
 def _simpler(native: Mapping[str, Any], shared: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """Inputs with one image alone, then with half of an image's ground truths, then with one fewer."""
+    """Inputs with one image alone, then with half of an image's ground truths, one fewer, and then with one level."""
     valid: Tensor = native["gt_valid"]
     images, most = valid.shape
     for image in range(images) if images > 1 else ():
@@ -189,6 +307,19 @@ def _simpler(native: Mapping[str, Any], shared: frozenset[str]) -> Iterator[dict
             yield _keep(native, image, kept)
     if most > int(valid.sum(1).max()):
         yield _keep(native, 0, valid[0].nonzero().flatten().tolist())
+    for level in range(len(native.get("strides", ()))) if len(native.get("strides", ())) > 1 else ():
+        yield _on_level(native, level)
+
+
+def _on_level(native: Mapping[str, Any], level: int) -> dict[str, Any]:
+    """Keep the maps of one level, and its anchors where they are listed."""
+    levels = len(native["strides"])
+    maps = {name: value for name, value in native.items() if isinstance(value, list) and len(value) == levels}
+    kept: dict[str, Any] = {**native, **{name: [value[level]] for name, value in maps.items()}}
+    if "anchors" in native:
+        lengths = [boxes.shape[1] // 4 * boxes.shape[2] * boxes.shape[3] for boxes in native["bbox_preds"]]
+        kept["anchors"] = native["anchors"].split(lengths)[level]
+    return kept
 
 
 def _take(native: Mapping[str, Any], shared: frozenset[str], image: int) -> dict[str, Any]:

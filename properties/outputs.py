@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from detoracle.properties.memory import Place, fresh, laid_out
 from detoracle.reference.assignment import Assignment
 from detoracle.reference.contract import Argument, Operation, rank_fits, returns_of
 from detoracle.reference.errors import InputError
@@ -40,8 +42,15 @@ class Outcome:
     message: str = ""
 
 
-def perform(operation: Operation, call: Callable[..., Any], arguments: Mapping[str, Any]) -> Outcome:
-    """Call an implementation on copies of the arguments; gather outputs and gradients; watch its inputs.
+def perform(
+    operation: Operation,
+    call: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    *,
+    place: Place = fresh,
+    grad: bool = True,
+) -> Outcome:
+    """Call an implementation on copies of the arguments; gather outputs and gradients; watch what it must not touch.
 
     Parameters
     ----------
@@ -49,6 +58,10 @@ def perform(operation: Operation, call: Callable[..., Any], arguments: Mapping[s
     call : callable
     arguments : mapping
         By the oracle's parameter names.
+    place : callable
+        Copies each input, flattened.
+    grad : bool
+        Ask for gradients; else the call is made under `torch.no_grad`.
 
     Returns
     -------
@@ -64,15 +77,16 @@ def perform(operation: Operation, call: Callable[..., Any], arguments: Mapping[s
     >>> perform(boxes.iou_yolox.operation, lambda **_: 1 / 0, pair).message
     'ZeroDivisionError: division by zero'
     """
-    given = copy.deepcopy({name: _detached(value) for name, value in arguments.items()})
+    given = {name: _copied(value, place) for name, value in arguments.items()}
     watched = dict(_tensors(given))
     before = {name: (tensor.clone(), tensor._version) for name, tensor in watched.items()}
     lists = [(name, value, list(value)) for name, value in given.items() if isinstance(value, list)]
-    leaves = {name: t for name, t in watched.items() if name.partition("[")[0] in operation.gradients}
+    leaves = {name: t for name, t in watched.items() if grad and name.partition("[")[0] in operation.gradients}
     for tensor in leaves.values():
         tensor.requires_grad_()
     try:
-        outputs = normalised(operation, call(**given))
+        with torch.set_grad_enabled(grad), _torch_untouched():
+            outputs = normalised(operation, call(**given))
         gradients = _gradients(operation, outputs, leaves)
     except InputError as error:
         return Outcome(problem="contract" if error.where == "output" else "raised", message=str(error))
@@ -85,17 +99,43 @@ def perform(operation: Operation, call: Callable[..., Any], arguments: Mapping[s
     for name, value, before_call in lists:
         if len(value) != len(before_call) or any(new is not old for new, old in zip(value, before_call, strict=True)):
             return Outcome(problem="mutated-input", message=f"the list {name} was written to")
-    return Outcome({name: output.detach() for name, output in outputs.items()}, gradients)
+    return Outcome({name: output.detach().clone() for name, output in outputs.items()}, gradients)
+
+
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "default device": (torch.get_default_device, lambda d: torch.set_default_device(None if d.type == "cpu" else d)),
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "deterministic mode": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+}
+"""PyTorch's process-wide settings, and how each is read and set."""
+
+
+@contextmanager
+def _torch_untouched() -> Iterator[None]:
+    """Undo changes of PyTorch's settings, and refuse a call that leaves one."""
+    before = {name: read() for name, (read, _) in _SETTINGS.items()}
+    try:
+        yield
+    finally:
+        after = {name: read() for name, (read, _) in _SETTINGS.items()}
+        changed = [name for name in _SETTINGS if after[name] != before[name]]
+        for name in changed:
+            _SETTINGS[name][1](before[name])
+    if changed:
+        name = changed[0]
+        raise InputError(f"PyTorch's {name}", expected=str(before[name]), got=str(after[name]), where="output")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _detached(value: Any) -> Any:
+def _copied(value: Any, place: Place) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().clone()
-    return [_detached(v) for v in value] if isinstance(value, list) else value
+        return laid_out(value, place)
+    return [_copied(v, place) for v in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def _tensors(arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
@@ -213,8 +253,10 @@ def _fields(record: Any) -> dict[str, Any]:
 
 def _check_output(output: Argument, value: Any) -> None:
     shape, kind, _ = output.tensor or ((), "float", False)
-    if not isinstance(value, Tensor):
-        raise InputError(output.name, expected=output.type, got=type(value).__name__, where="output")
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+        # A subclass could still be working, or answer as it is asked; a plain tensor is what it is.
+        got = f"{type(value).__name__}{f' of layout {value.layout}' if isinstance(value, Tensor) else ''}"
+        raise InputError(output.name, expected=output.type, got=got, where="output")
     right = {
         "float": value.is_floating_point(),
         "bool": value.dtype == torch.bool,

@@ -12,11 +12,14 @@ from detoracle.properties.predictors import SPECK, predict
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import Canvas, System
 from detoracle.reference import rtmdet, rtmdet_head, rtmdet_loss
+from detoracle.reference.anchor_head_boxes import valid_flags
 from detoracle.reference.contract import operations_in
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain import rtmdet as explain
 
 __all__ = ["SYSTEM", "native"]
+
+_COST = {"soft_center_radius": 2.5, "iou_weight": 1.5}  # settings of the cost, none the default
 
 
 def native(scene: Scene) -> dict[str, Any]:
@@ -80,49 +83,100 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
     if operation == "rtmdet.priors":
         for offset in (0.0, 0.5):
             yield f"offset {offset}", {"sizes": _sizes(maps), "strides": strides, "offset": offset, "like": like}
+        high = [(stride, 2 * stride) for stride in strides]
+        yield "high cells", {"sizes": _sizes(maps), "strides": high, "offset": 0.5, "like": like}
         return
     if operation == "rtmdet.loss":
         images = {"class_logits": given["class_logits"], "distances": maps, "strides": strides, **ground_truths}
         yield "", images
-        yield "top 5, radius 2.5", {**images, "topk": 5, "soft_center_radius": 2.5}
+        yield "other settings", {**images, **_other_settings(given)}
         return
     priors = rtmdet.priors(_sizes(maps), strides, like=like)
     points, distances, logits = priors[:, :2].contiguous(), _flat(maps), _flat(given["class_logits"])
     boxes = rtmdet.decode(points, distances)
     inside = torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+    padded = valid_flags(_pad_shapes(given), sizes=_sizes(maps), strides=strides, base_anchors=[1] * len(maps))
     if operation == "rtmdet.decode":
         yield "", {"points": points, "distances": distances}
+        yield "clipped", {"points": points, "distances": distances, "max_shape": (40, 48)}
     elif operation == "rtmdet.candidates":
-        yield "", {"priors": priors, "inside": inside, **_without(ground_truths, "gt_labels")}
+        for name, flags in (("", inside), ("padded", padded)):
+            yield name, {"priors": priors, "inside": flags, **_without(ground_truths, "gt_labels")}
     elif operation == "rtmdet.assign":
-        yield "", {"class_logits": logits, "boxes": boxes, "priors": priors, "inside": inside, **ground_truths}
+        images = {"class_logits": logits, "boxes": boxes, "priors": priors, **ground_truths}
+        yield "", {**images, "inside": inside}
+        yield "padded, masks, top 5", {**images, "inside": padded, **_COST, "gt_masks": _masks(given), "topk": 5}
     elif operation in ("rtmdet.cost", "rtmdet.dynamic_k_matching"):
-        yield from _pairs(operation, logits, boxes, priors, inside, ground_truths)
+        candidate = rtmdet.candidates(priors, inside, **_without(ground_truths, "gt_labels"))
+        pairs = {"class_logits": logits, "boxes": boxes, "priors": priors, "candidate": candidate, **ground_truths}
+        yield from _pairs(operation, pairs, given)
     elif operation == "rtmdet.joint_logits":
         yield "", {"class_logits": logits, "objectness_logits": logits[..., :1].contiguous()}
     elif operation == "rtmdet.encode":
         yield from _encoding(points, ground_truths)
     else:
-        yield from _losses(operation, logits, boxes, priors, inside, ground_truths)
+        yield from _losses(operation, logits, boxes, priors, padded, ground_truths)
+
+
+def _other_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Everything that `rtmdet.loss` can be told, none of it the default."""
+    height, width = _canvas_size(given)
+    return {
+        "pad_shapes": _pad_shapes(given),
+        "image_shapes": given["gt_labels"].new_tensor([[height // 2, width * 3 // 4]] * len(given["gt_valid"])),
+        "gt_masks": _masks(given),
+        "ignored_boxes": given["gt_boxes"],
+        "offset": 0.5,
+        "allowed_border": 8,
+        "topk": 5,
+        **_COST,
+        "pos_weight": 2.0,
+        "beta": 1.5,
+        "class_loss_weight": 0.5,
+        "box_loss_weight": 3.0,
+        "giou_eps": 64.0,
+    }
+
+
+def _canvas_size(given: dict[str, Any]) -> tuple[int, int]:
+    """Height and width that the maps cover."""
+    height, width = given["distances"][0].shape[2:]
+    return height * given["strides"][0], width * given["strides"][0]
+
+
+def _pad_shapes(given: dict[str, Any]) -> Tensor:
+    """Every other image (B, 2) is smaller than the batch, by no whole number of cells."""
+    height, width = _canvas_size(given)
+    shapes: Tensor = given["gt_labels"].new_tensor([[height, width]] * len(given["gt_valid"]))
+    shapes[::2] = shapes.new_tensor([height * 5 // 8, width * 7 // 8])
+    return shapes
+
+
+def _masks(given: dict[str, Any]) -> Tensor:
+    """Instance masks (B, G, H, W) of the upper halves, whose centres are not the boxes'."""
+    gt_boxes: Tensor = given["gt_boxes"]
+    left, top, right, bottom = gt_boxes[..., None, None].unbind(2)
+    height, width = _canvas_size(given)
+    row, column = torch.arange(height, device=top.device)[:, None], torch.arange(width, device=top.device)
+    return (row >= top) & (row < (top + bottom) / 2) & (column >= left) & (column < right)
 
 
 def _without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in names}
 
 
-def _pairs(
-    operation: str, logits: Tensor, boxes: Tensor, priors: Tensor, inside: Tensor, ground_truths: dict[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    candidate = rtmdet.candidates(priors, inside, **_without(ground_truths, "gt_labels"))
-    arguments = {"class_logits": logits, "boxes": boxes, "priors": priors, "candidate": candidate, **ground_truths}
+def _pairs(operation: str, arguments: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     if operation == "rtmdet.cost":
         yield "", arguments
+        yield "masks", {**arguments, **_COST, "gt_masks": _masks(given)}
         return
     try:
         cost, iou = rtmdet.cost(**arguments)
     except UpstreamRaises:
         return  # no costs to match: the cost operation itself shows this behaviour
-    yield "", {"cost": cost, "iou": iou, "candidate": candidate, "gt_valid": ground_truths["gt_valid"]}
+    matching = {"cost": cost, "iou": iou, **{name: arguments[name] for name in ("candidate", "gt_valid")}}
+    yield "", matching
+    yield "top 5", {**matching, "topk": 5}
 
 
 def _encoding(points: Tensor, ground_truths: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -154,11 +208,18 @@ def _losses(
         rows = {"predicted": logits.flatten(0, 1), "quality": metrics.flatten(), "labels": labels.flatten()}
         yield "sum", {**rows, "weight": weights.flatten(), "reduction": "sum"}
         yield "mean over a factor", {**rows, "average_factor": 7.0, "beta": 1.5}
+        probabilities = 0.125 + 0.75 * torch.sigmoid(rows["predicted"])  # still some when moved by a rounding
+        dense = {"predicted": probabilities, "quality": probabilities.flip(1), "activated": True}
+        yield "probabilities, a quality a class", {**dense, "loss_weight": 2.0}
         return
     positive = assignment.positive
     pairs = {"predicted": boxes[positive], "target": box_targets[positive]}
-    yield "sum", {**pairs, "weight": metrics[positive], "reduction": "sum"}
+    metrics = metrics[positive]
+    a_side = metrics[:, None] * metrics.new_tensor([0.5, 1.0, 2.0, 0.25])
+    yield "sum", {**pairs, "weight": metrics, "reduction": "sum"}
     yield "none", {**pairs, "reduction": "none", "loss_weight": 2.0}
+    yield "a weight a side", {**pairs, "weight": a_side, "average_factor": 7.0, "eps": 64.0}
+    yield "no weight above 0", {**pairs, "weight": -metrics, "average_factor": 7.0, "loss_weight": 2.0}
 
 
 def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:
@@ -166,7 +227,10 @@ def _canvas(operation: str, arguments: dict[str, Any]) -> Canvas | None:
         priors = arguments["priors"]
     elif operation == "rtmdet.loss":
         priors = rtmdet.priors(
-            _sizes(arguments["distances"]), arguments["strides"], like=arguments["gt_boxes"].new_zeros(())
+            _sizes(arguments["distances"]),
+            arguments["strides"],
+            offset=arguments.get("offset", 0.0),
+            like=arguments["gt_boxes"].new_zeros(()),
         )
     else:
         return None

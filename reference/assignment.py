@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # pytest loads our plugin in every run: `import detoracle` must not take a second
+    from torch import Tensor
 
 __all__ = ["BACKGROUND", "IGNORED", "Assignment"]
 

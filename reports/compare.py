@@ -25,11 +25,12 @@ from detoracle.properties.worker import Worker
 from detoracle.reference.contract import Operation
 from detoracle.reports.counters import count
 from detoracle.reports.environment import source_hash
+from detoracle.reports.picturing import picture_of
 from detoracle.reports.record import Measurement, Picture, Row, measurement
 from detoracle.reports.timing import paired
 from detoracle.reports.workloads import hash_of
 
-__all__ = ["Part", "Settings", "compare_operation", "read_part", "run_key", "write_part"]
+__all__ = ["Part", "Settings", "compare_operation", "prepared", "read_part", "run_key", "write_part"]
 
 _MOST_FILES = 20  # scene files kept for one implementation of one operation
 _MOST_PICTURES = 5  # ... and pictures, which are ten times as large
@@ -171,30 +172,9 @@ def _pictures(system: System, expectation: Expectation, row: Row, case: Case, ou
     given = outcome.outputs.get("gt_index")
     if canvas is None or given is None or expectation.explanation is None:
         return []
-    explanation = expectation.explanation
-    if given.shape != explanation.gt_index.shape:
+    if given.shape != expectation.explanation.gt_index.shape:
         return []
-    wrong = explanation.wrong(given.long()).any(1).nonzero().flatten().tolist()
-    image = wrong[0] if wrong else 0
-    valid = canvas.gt_valid[image]
-    number = int(valid.nonzero().max()) + 1 if valid.any() else 0  # indices count padding in between
-    return [
-        Picture(
-            operation=row.operation,
-            implementation=row.implementation,
-            scene=row.scene,
-            setting=row.setting,
-            image=image,
-            size=canvas.size,
-            gt_boxes=canvas.gt_boxes[image, :number].tolist(),
-            gt_labels=canvas.gt_labels[image, :number].tolist(),
-            anchor_points=canvas.anchor_points.tolist(),
-            anchor_strides=canvas.anchor_strides.tolist(),
-            expected=explanation.gt_index[image].tolist(),
-            given=given[image].tolist(),
-            margin=explanation.margin[image].tolist(),
-        )
-    ]
+    return [picture_of(row, canvas, expectation.explanation, given)]
 
 
 # --------------------------------------------------------------------------------------------------------- cost
@@ -203,11 +183,11 @@ def _measure(
 ) -> tuple[Measurement, ...]:
     """Time right implementations against the oracle, turn by turn in this process, and count what a call does."""
     calls = {"oracle": operation.oracle, **{one.name: one.load() for one in implementations}}
-    counters = {name: count(_prepared(operation, call, case.arguments))[1] for name, call in calls.items()}
+    counters = {name: count(prepared(operation, call, case.arguments))[1] for name, call in calls.items()}
     synchronize: Callable[[], object] | None = torch.cuda.synchronize if settings.device == "cuda" else None
 
     def timed(call: Callable[..., Any]) -> Callable[[int], object]:
-        fresh = [_prepared(operation, call, case.arguments) for _ in range(_ROUNDS + 1)]
+        fresh = [prepared(operation, call, case.arguments) for _ in range(_ROUNDS + 1)]
         return lambda number: fresh[number]()
 
     timings = paired(
@@ -229,8 +209,27 @@ def _measure(
     )
 
 
-def _prepared(operation: Operation, call: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[], object]:
-    """A call on its own copy of the arguments, backward pass included where the operation has a gradient."""
+def prepared(operation: Operation, call: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[], object]:
+    """A call on its own copy of the arguments, backward pass included where the operation has a gradient.
+
+    Parameters
+    ----------
+    operation : Operation
+    call : callable
+    arguments : mapping
+
+    Returns
+    -------
+    callable
+        Takes nothing; to be called once.
+
+    Examples
+    --------
+    >>> from detoracle.reference.boxes import iou_yolox
+    >>> pair = {"boxes_a": torch.ones(1, 4), "boxes_b": torch.ones(1, 4), "form": "cxcywh"}
+    >>> prepared(iou_yolox.operation, iou_yolox, pair)()
+    tensor([[1.]])
+    """
     given = copy.deepcopy(dict(arguments))
     for name in operation.gradients:
         for tensor in given[name] if isinstance(given[name], list) else [given[name]]:

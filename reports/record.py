@@ -7,13 +7,13 @@ meaning raises `SCHEMA`. Numbers that JSON lacks are the strings ``"NaN"``, ``"I
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from detoracle.reference.errors import InputError
 from detoracle.reports.counters import Counters
+from detoracle.reports.plain import from_plain, to_plain
 from detoracle.reports.timing import Timing
 
 __all__ = [
@@ -24,14 +24,13 @@ __all__ = [
     "Report",
     "Row",
     "Surprise",
+    "Table",
     "from_json",
     "measurement",
     "to_json",
 ]
 
 SCHEMA = 1
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -239,6 +238,33 @@ class Surprise:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table of text that a run has beside its rows: laws, planted faults, drift.
+
+    Attributes
+    ----------
+    title : str
+    note : str
+        What it shows, in a sentence or two.
+    columns : tuple of str
+    lines : list of list of str
+        Cells, as many a line as there are columns; the first one names the line.
+    """
+
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    lines: list[list[str]]
+
+    def __post_init__(self) -> None:
+        """Check that it is a table."""
+        widths = {len(line) for line in self.lines} - {len(self.columns)}
+        if widths or not self.columns:
+            expected = f"lines of {len(self.columns) or 'one or more'} cells"
+            raise InputError("table", expected=expected, got=f"lines of {sorted(widths)}", where=self.title)
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything one run found.
 
@@ -260,6 +286,7 @@ class Report:
         Facts about the run that a reader needs: ignored boxes, skipped implementations.
     quirks : tuple of Surprise
         Ledger of the operations that were run.
+    tables : tuple of Table
     """
 
     title: str
@@ -274,6 +301,7 @@ class Report:
     notes: tuple[str, ...] = field(default_factory=tuple)
     quirks: tuple[Surprise, ...] = ()
     growth: tuple[Growth, ...] = ()
+    tables: tuple[Table, ...] = ()
 
     @property
     def findings(self) -> tuple[Row, ...]:
@@ -315,7 +343,7 @@ def to_json(report: Report) -> dict[str, Any]:
     >>> to_json(Report("t", "c", "2026-01-01T00:00:00Z", 1.0, 0, {}))["schema"]
     1
     """
-    return {"schema": SCHEMA, **_plain(report)}
+    return {"schema": SCHEMA, **to_plain(report)}
 
 
 def from_json(body: Any) -> Report:
@@ -336,63 +364,6 @@ def from_json(body: Any) -> Report:
     if schema != SCHEMA:
         raise InputError("results.json", expected=f"schema {SCHEMA}", got=repr(schema), fix="Run it again to make one.")
     try:
-        return _read(Report, body)
+        return from_plain(Report, body)
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError("results.json", expected=f"a report of schema {SCHEMA}", got=str(error)) from error
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses and tuples as objects and lists, numbers that JSON lacks as strings."""
-    if is_dataclass(value):
-        return {name: _plain(item) for name, item in vars(value).items()}
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _read(kind: type[T], body: Mapping[str, Any]) -> T:
-    """A dataclass from its plain form, each value as its field is declared."""
-    known = {f.name: str(f.type) for f in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: _READERS[known[name]](value) for name, value in body.items() if name in known})
-
-
-def _exactly(kind: type[T]) -> Callable[[Any], T]:
-    def read(value: Any) -> T:
-        if type(value) is not kind:
-            raise TypeError(f"{value!r:.80} for {kind.__name__}")
-        return value
-
-    return read
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
-        raise TypeError(f"{value!r} for a number")
-    return float(value)
-
-
-def _list(item: Callable[[Any], T]) -> Callable[[Any], list[T]]:
-    return lambda value: [item(one) for one in _exactly(list)(value)]
-
-
-_READERS: Mapping[str, Callable[[Any], Any]] = {
-    "str": _exactly(str),
-    "int": _exactly(int),
-    "float": _number,
-    "list[int]": _list(_exactly(int)),
-    "list[float]": _list(_number),
-    "list[list[float]]": _list(_list(_number)),
-    "tuple[float, float]": lambda value: tuple(_list(_number)(value)),
-    "tuple[str, ...]": lambda value: tuple(_list(_exactly(str))(value)),
-    "tuple[Row, ...]": lambda value: tuple(_read(Row, item) for item in value),
-    "tuple[Measurement, ...]": lambda value: tuple(_read(Measurement, item) for item in value),
-    "tuple[Growth, ...]": lambda value: tuple(_read(Growth, item) for item in value),
-    "tuple[Surprise, ...]": lambda value: tuple(_read(Surprise, item) for item in value),
-    "tuple[Picture, ...]": lambda value: tuple(_read(Picture, item) for item in value),
-    "Mapping[str, str | int | bool]": _exactly(dict),
-}
-"""How a field of each declared type is read."""

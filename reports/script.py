@@ -5,9 +5,14 @@ All tensors stand in it bit for bit: small ones as numbers, large ones as compre
 
 from __future__ import annotations
 
+import base64
 import re
+import zlib
 from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from detoracle.properties.comparison import Finding
 from detoracle.reference.contract import Operation, returns_of
@@ -16,11 +21,12 @@ from detoracle.reference.errors import InputError
 __all__ = ["script_of"]
 
 _MOST_NUMBERS = 24  # of a tensor that is written as numbers
+_NUMBER = r"-?(?:\d[\d.]*(?:e[-+]?\d+)?|inf|nan)"
 _MESSAGE = re.compile(
-    r"expected (?:ground truth )?(?P<expected>.+?)(?: \+- (?P<bound>\S+))?, got (?P<given>[^,(]+?)(?: \(margin .*\))?"
+    rf"expected (?:ground truth )?(?P<right>{_NUMBER}(?: (?:or|to) {_NUMBER})*)"
+    rf"(?: \+- (?P<bound>{_NUMBER}))?, got {_NUMBER}"
 )
-_UNPACK = """\
-
+_UNPACK = """
 def unpack(text, dtype, shape):
     return torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(text))), dtype=dtype).reshape(shape)
 
@@ -28,7 +34,7 @@ def unpack(text, dtype, shape):
 
 
 def script_of(operation: Operation, arguments: Mapping[str, Any], target: str, finding: Finding) -> str:
-    """Write a finding as a program that shows it, and fails until it is mended.
+    """Write a finding as a program that shows what is wrong, and fails until it is mended.
 
     Parameters
     ----------
@@ -47,7 +53,8 @@ def script_of(operation: Operation, arguments: Mapping[str, Any], target: str, f
     Raises
     ------
     InputError
-        If the finding is about more than one call.
+        If the finding is about anything but one number, a changed input or a failed call: a law, which takes several
+        calls, or an output of another shape or type.
 
     Examples
     --------
@@ -65,103 +72,120 @@ def script_of(operation: Operation, arguments: Mapping[str, Any], target: str, f
         'form': 'cxcywh',
     }
     returned = iou(**arguments)
-    match returned:
-        case tuple() | list():
-            output = returned[0]
-        case dict():
-            output = returned['iou']
-        case torch.Tensor():
-            output = returned
-        case _:
-            output = vars(getattr(returned, "extra", returned)).get('iou', getattr(returned, 'iou', None))
-    given = output[0, 0].item()
-    print(f'iou[0, 0]: expected 1 +- 0, returned {given!r}')
+    if isinstance(returned, (tuple, list)):
+        output = returned[0]
+    elif isinstance(returned, torch.Tensor):
+        output = returned
+    else:
+        all_ = returned if isinstance(returned, dict) else {**vars(returned), **vars(returned).get('extra', {})}
+        output = all_['iou']
+    given = output[0][0].item()
+    print('iou[0][0]: expected 1 +- 0, returned', given)
     assert abs(given - 1) <= 0
     <BLANKLINE>
     """
-    clause = finding.clause.removeprefix(operation.name)[1:-1]
     module, _, path = target.partition(":")
-    title = f"{operation.name} by {target}: [{clause}] {finding.where}: {finding.message}"
-    values = [f"    {name!r}: {_literal(value)},\n" for name, value in arguments.items()]
-    packed = any("unpack(" in value for value in values)
-    special = any(re.search(r"\b(inf|nan)\b", value) for value in values)
-    head = [
-        f"{title!r}\n",
-        "import base64\nimport zlib\n" if packed else "",
-        "from math import inf, nan\n" if special else "",
+    title = f"{operation.name} by {target}: {finding.clause.removeprefix(operation.name)} {finding.where}"
+    given = "".join(f"    {name!r}: {_literal(value)},\n" for name, value in arguments.items())
+    body = "\n".join(_body(operation, f"returned = {path}(**arguments)", finding))
+    packed = "unpack(" in given
+    lines = [
+        repr(f"{title}: {finding.message}"),
+        *(["import base64", "import zlib"] if packed else []),
+        *(["import copy"] if "copy." in body else []),
+        *(["from math import inf, nan"] if re.search(r"\b(inf|nan)\b", given + body) else []),
+        "import torch",
+        f"from {module} import {path.partition('.')[0]}",
+        _UNPACK if packed else "",
+        f"arguments = {{\n{given}}}",
+        body,
     ]
-    head += ["import torch\n", f"from {module} import {path.partition('.')[0]}\n", _UNPACK if packed else "\n"]
-    body = _body(operation, clause, path, finding)
-    return "".join([*head, "arguments = {\n", *values, "}\n", *(f"{line}\n" for line in body)])
-
-
-def _body(operation: Operation, clause: str, path: str, finding: Finding) -> list[str]:
-    """The call, and what is wrong with it."""
-    call = f"returned = {path}(**arguments)"
-    if clause == "returns":
-        return [f"{call}  # {finding.message.splitlines()[0]}", "print('returned', returned)"]
-    if clause == "contract":
-        text = f"{finding.message}; returned"
-        return [call, f"print({text!r}, returned)", f"assert False, {finding.message!r}"]
-    if clause == "inputs-unmodified":
-        return _unmodified(call, finding)
-    index = "".join(f"[{n}]" for n in re.findall(r"\[(\d+)\]", clause))
-    name = clause.removeprefix("gradient ").partition("[")[0]
-    documented = [output.name for output in returns_of(operation.oracle)]
-    output = "gt_index" if clause == "outcome" else name
-    if clause.startswith("gradient "):
-        leaf = f"arguments[{name!r}]{index}"
-        shown, lines = f"gradient to {name}{index}", [f"{leaf}.requires_grad_()", call, *_picked(documented[0], 0)]
-        lines += ["output.backward(torch.linspace(0.5, 1.5, max(output.numel(), 1), dtype=output.dtype)"
-                  "[: output.numel()].reshape(output.shape) if output.ndim else None)", f"output = {leaf}.grad"]  # fmt: skip
-    elif output in documented:
-        shown, lines = f"{output}{index}", [call, *_picked(output, documented.index(output))]
-        if index and operation is not None:
-            lines = [call, f"output = list(returned){index}"]
-    else:
-        raise InputError(
-            "--script",
-            expected="a finding about one call",
-            got=f"the law '{clause}', which is about several",
-            fix="Use 'detoracle replay' without it.",
-        )
-    return [*lines, *_asserted(shown, finding)]
-
-
-def _unmodified(call: str, finding: Finding) -> list[str]:
-    name, index = re.match(r"(?:the list )?(\w+)((?:\[\d+\])?)", finding.message).groups()  # type: ignore[union-attr]
-    value = f"arguments[{name!r}]{index}"
-    return [
-        "import copy",
-        f"before = copy.deepcopy({value})",
-        call,
-        f"print({finding.message!r}, before, {value}, sep='\\n')",
-        f"torch.testing.assert_close({value}, before, rtol=0, atol=0, equal_nan=True)",
-    ]
-
-
-def _picked(name: str, number: int) -> list[str]:
-    """How an output is taken from what an implementation may return."""
-    return [
-        "match returned:",
-        "    case tuple() | list():",
-        f"        output = returned[{number}]",
-        "    case dict():",
-        f"        output = returned[{name!r}]",
-        "    case torch.Tensor():",
-        "        output = returned",
-        "    case _:",
-        f"        output = getattr(returned, {name!r}, None)",
-    ]
-
-
-def _asserted(shown: str, finding: Finding) -> list[str]:
-    found = _MESSAGE.fullmatch(finding.message)
-    if found is None:
-        return [f"print({finding.message!r}, output)", "assert False"]
-    expected, bound = found["expected"], found["bound"]
-    return [expected, bound]
+    return "\n".join(lines) + "\n"
 
 
 def _literal(value: Any) -> str:
-    return repr(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if not isinstance(value, Tensor):
+        return repr(value)
+    shape = tuple(value.shape)
+    if value.numel() == 0:
+        return f"torch.zeros({shape}, dtype={value.dtype})"
+    if value.numel() <= _MOST_NUMBERS:
+        return f"torch.tensor({value.tolist()}, dtype={value.dtype})"
+    data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"unpack({base64.b85encode(zlib.compress(data, 9)).decode()!r}, {value.dtype}, {shape})"
+
+
+def _body(operation: Operation, call: str, finding: Finding) -> list[str]:
+    """The call, and what is wrong with it."""
+    clause = finding.clause.removeprefix(operation.name)[1:-1]
+    if clause == "returns":
+        return [f"{call}  # {finding.message.partition(chr(10))[0]}", "print('returned', returned)"]
+    if clause == "inputs-unmodified":
+        return _unmodified(call, finding.message)
+    kind, _, named = clause.rpartition(" ")
+    named = {"outcome": "gt_index"}.get(named, named)
+    name, documented = named.partition("[")[0], [output.name for output in returns_of(operation.oracle)]
+    wanted = _MESSAGE.fullmatch(finding.message.partition(" (")[0])
+    if wanted is None or (kind != "gradient" and name not in documented):
+        raise InputError(
+            "--script",
+            expected="a finding about one number of one call",
+            got=f"{finding.clause}: {finding.message}",
+            fix="Use 'detoracle replay' alone.",
+        )
+    index = "".join(re.findall(r"\[\d+\]", named + finding.where)[:1])  # of a list
+    position = "".join(f"[{n}]" for n in re.findall(r"\d+", re.sub(r"\[\d+\]", "", finding.where)))
+    if kind == "gradient":
+        leaf = f"arguments[{name!r}]{index}"
+        lines = [f"{leaf}.requires_grad_()", call, *_picked(documented[0], 0), *_BACKWARD, f"output = {leaf}.grad"]
+    elif index:
+        lines = [call, f"output = returned{index}"]
+    else:
+        lines = [call, *_picked(name, documented.index(name))]
+    shown = f"{kind} {name}{index}{position}".strip()
+    return [*lines, f"given = output{position}.item()", *_asserted(shown, wanted["right"], wanted["bound"])]
+
+
+_BACKWARD = [
+    "weights = torch.linspace(0.5, 1.5, max(output.numel(), 1), dtype=output.dtype)",  # as `cotangent` has them
+    "output.backward(weights[: output.numel()].reshape(output.shape) if output.ndim else None)",
+]
+
+
+def _picked(name: str, number: int) -> list[str]:
+    """How an output is taken from whatever an implementation may return."""
+    return [
+        "if isinstance(returned, (tuple, list)):",
+        f"    output = returned[{number}]",
+        "elif isinstance(returned, torch.Tensor):",
+        "    output = returned",
+        "else:",
+        "    all_ = returned if isinstance(returned, dict) else {**vars(returned), **vars(returned).get('extra', {})}",
+        f"    output = all_[{name!r}]",
+    ]
+
+
+def _asserted(shown: str, right: str, bound: str | None) -> list[str]:
+    """What is right: a number and how far from it, a range of whole numbers, or one of several."""
+    low, _, high = right.partition(" to ")
+    if right == "nan":
+        test = "given != given"
+    elif bound and not right.endswith("inf"):
+        test = f"abs(given - {right}) <= {bound}"
+    elif high:
+        test = f"{low} <= given <= {high}"
+    else:
+        test = f"given in ({right.replace(' or ', ', ')},)"
+    return [f"print('{shown}: expected {right}{f' +- {bound}' if bound else ''}, returned', given)", f"assert {test}"]
+
+
+def _unmodified(call: str, message: str) -> list[str]:
+    value = re.sub(r"^(?:the list )?(\w+)((?:\[\d+\])?).*", r"arguments['\1']\2", message)
+    return [
+        f"before = copy.deepcopy({value})",
+        call,
+        f"print({message!r}, 'before:', before, 'after:', {value}, sep='\\n')",
+        f"torch.testing.assert_close({value}, before, rtol=0, atol=0, equal_nan=True)",
+    ]

@@ -7,23 +7,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis import settings
+
+from detoracle.properties.profiles import register_profiles
 
 SEED = 0
 
-# Where CI=true, Hypothesis loads a derandomised profile without a database, and a profile registered later inherits
-# from it: a nightly run of "deep" would then replay one set of examples for ever. So both set the two themselves.
-_ANY_MACHINE = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("suite", _ANY_MACHINE, max_examples=50, derandomize=True, database=None)
-settings.register_profile(
-    "deep",
-    _ANY_MACHINE,
-    max_examples=2000,
-    derandomize=False,
-    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),
-)
-settings.load_profile("suite")
+register_profiles()
 
 
 def pytest_configure() -> None:

@@ -29,6 +29,8 @@ def _reduced(
     loss = loss if weight is None else loss * weight
     if reduction == "none":
         return loss * loss_weight
+    if isinstance(avg_factor, Tensor):  # of whole numbers, beside which the epsilon would be single precision
+        avg_factor = avg_factor.to(torch.promote_types(loss.dtype, torch.float32))
     if avg_factor is not None:
         return loss.sum() / (avg_factor + _EPS) * loss_weight
     return (loss.sum() if reduction == "sum" else loss.mean()) * loss_weight
@@ -123,7 +125,7 @@ def sigmoid_focal_loss(
     else:
         entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     error = torch.where(present, 1 - probability, probability)
-    loss = entropy * torch.where(present, alpha, 1 - alpha) * error**gamma
+    loss = torch.where(present, alpha * entropy, (1 - alpha) * entropy) * error**gamma
     return _reduced(loss, None if weight is None else weight[:, None], reduction, avg_factor, loss_weight)
 
 

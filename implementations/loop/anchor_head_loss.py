@@ -15,9 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detoracle.implementations.batched import anchor_head_terms as terms
 from detoracle.implementations.loop.anchor_head import assign, sample, targets
 from detoracle.implementations.loop.anchor_head_boxes import decode, inside_flags, valid_flags
+from detoracle.implementations.loop.anchor_head_terms import (
+    cross_entropy,
+    giou_loss,
+    l1_loss,
+    sigmoid_cross_entropy,
+    sigmoid_focal_loss,
+    smooth_l1_loss,
+)
 from detoracle.implementations.registry import implements
 from detoracle.reference.assignment import BACKGROUND
 
@@ -118,11 +125,11 @@ def loss(
 
         class_rows = (logits.flatten(0, 1), labels[:, level].flatten(), label_weights[:, level].flatten())
         if class_loss == "focal":
-            class_term = terms.sigmoid_focal_loss(
+            class_term = sigmoid_focal_loss(
                 *class_rows, gamma=gamma, alpha=alpha, avg_factor=divisor, loss_weight=class_loss_weight
             )
         else:
-            entropy = terms.cross_entropy if class_loss == "cross_entropy" else terms.sigmoid_cross_entropy
+            entropy = cross_entropy if class_loss == "cross_entropy" else sigmoid_cross_entropy
             class_term = entropy(
                 *class_rows,
                 class_weight=class_weight,
@@ -133,11 +140,11 @@ def loss(
 
         box_rows = (predicted.flatten(0, 1), box_targets[:, level].flatten(0, 1), box_weights[:, level].flatten(0, 1))
         if box_loss == "smooth_l1":
-            box_term = terms.smooth_l1_loss(*box_rows, beta=beta, avg_factor=divisor, loss_weight=box_loss_weight)
+            box_term = smooth_l1_loss(*box_rows, beta=beta, avg_factor=divisor, loss_weight=box_loss_weight)
         elif box_loss == "giou":
-            box_term = terms.giou_loss(*box_rows, eps=eps, avg_factor=divisor, loss_weight=box_loss_weight)
+            box_term = giou_loss(*box_rows, eps=eps, avg_factor=divisor, loss_weight=box_loss_weight)
         else:
-            box_term = terms.l1_loss(*box_rows, avg_factor=divisor, loss_weight=box_loss_weight)
+            box_term = l1_loss(*box_rows, avg_factor=divisor, loss_weight=box_loss_weight)
         classification.append(class_term)
         box.append(box_term)
 
@@ -195,7 +202,7 @@ def ssd_loss(
 
     classification, box = [], []
     for image in range(len(labels)):
-        cost = terms.cross_entropy(logits[image], labels[image], reduction="none")
+        cost = cross_entropy(logits[image], labels[image], reduction="none")
         cost = cost * label_weights[image]
         positive = (labels[image] >= 0) & (labels[image] < num_classes)
         background = (labels[image] == num_classes).nonzero().flatten()
@@ -205,7 +212,7 @@ def ssd_loss(
         class_sum = cost[positive].sum() + cost[mined].sum()
         classification.append(class_sum / num_positives)
 
-        distance = terms.smooth_l1_loss(
+        distance = smooth_l1_loss(
             predicted[image], box_targets[image], box_weights[image], beta=beta, reduction="none"
         )
         box.append(distance.sum() / (num_positives + _EPS))

@@ -315,6 +315,8 @@ def loss(
         target_scores = assignment.extra["scores"][image].to(flat.dtype)
         cls = cls + F.binary_cross_entropy_with_logits(class_logits[image], target_scores, reduction="sum")
 
+        if not assignment.positive.any():
+            continue  # boxes that nobody is trained towards get no gradient, not even 0 times NaN
         positive = assignment.positive[image]
         weight = assignment.quality[image, positive]
         target = assignment.extra["boxes"][image, positive] / stride[positive, None]

@@ -1,31 +1,26 @@
 """A planted fault: one small change to the text of a right, plain implementation.
 
-The text changed is the system's ``loop`` implementation, so that a fault is a line's difference, as real ones are. A
-fault whose text is no longer found there is an error: it would test nothing.
+The text changed is the system's ``loop`` implementation, in any of its modules, so that a fault is a line's difference,
+as real ones are. A fault whose text is no longer found there is an error: it would test nothing.
 """
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from types import ModuleType
 from typing import Any
 
+from detoracle.implementations import loop
 from detoracle.properties import faults
-from detoracle.properties.checking import cases
-from detoracle.properties.comparison import expect
-from detoracle.properties.edge_cases import edge_cases
-from detoracle.properties.outputs import perform
-from detoracle.properties.random_scenes import random_scenes
-from detoracle.properties.scenes import Scene
-from detoracle.properties.systems import NAMES, find_operation
+from detoracle.properties.systems import NAMES
 from detoracle.reference.errors import DetoracleError
 
-__all__ = ["Fault", "Kill", "build", "exam", "exam_scenes", "examined", "faults_of"]
+__all__ = ["Fault", "build", "examined", "faults_of"]
 
 
 @dataclass(frozen=True)
@@ -54,30 +49,6 @@ class Fault:
     def system(self) -> str:
         """System whose implementation is changed."""
         return self.id.partition(".")[0]
-
-
-@dataclass(frozen=True)
-class Kill:
-    """How a fault was caught.
-
-    Attributes
-    ----------
-    fault : Fault
-    clause, scene : str
-        First violated clause, and where; both empty if it survived.
-    examples : int
-        Scenes that were needed; of a survivor, all that were tried.
-    """
-
-    fault: Fault
-    clause: str
-    scene: str
-    examples: int
-
-    @property
-    def caught(self) -> bool:
-        """Was it found wrong?"""
-        return bool(self.clause)
 
 
 def examined() -> tuple[str, ...]:
@@ -119,65 +90,35 @@ def build(fault: Fault) -> Callable[..., Any]:
     >>> wrong([torch.zeros(1, 6, 1, 1)], [8])[0, 0, :2].tolist()
     [4.0, 4.0]
     """
-    original = importlib.import_module(f"detoracle.implementations.loop.{fault.system}")
-    source = inspect.getsource(original)
-    if source.count(fault.old) != 1 or fault.old == fault.new:
-        got = f"{source.count(fault.old)} times"
-        raise DetoracleError(fault.id, expected="its text once in the loop implementation", got=got, where="faults")
-    changed = ModuleType(original.__name__)
-    exec(compile(source.replace(fault.old, fault.new), f"<{fault.id}>", "exec"), changed.__dict__)
-    for found in vars(changed).values():
-        if fault.operation in [operation for operation, _ in getattr(found, "implements", ())]:
-            return found  # type: ignore[no-any-return]
+    sources = _sources(fault.system)
+    found = sum(source.count(fault.old) for source in sources.values())
+    if found != 1 or fault.old == fault.new:
+        expected, got = "its text once in the loop implementation", f"{found} times"
+        raise DetoracleError(fault.id, expected=expected, got=got, where="faults")
+    changed = {name: source.replace(fault.old, fault.new) for name, source in sources.items()}
+    loaded: dict[str, ModuleType] = {}
+    for name in changed:
+        for _, function in inspect.getmembers(_load(name, changed, loaded, fault.id), inspect.isfunction):
+            if fault.operation in [operation for operation, _ in getattr(function, "implements", ())]:
+                return function
     raise DetoracleError(fault.id, expected=f"a loop implementation of {fault.operation}", got="none", where="faults")
 
 
-def exam_scenes(examples: int, seed: int) -> Iterator[Scene]:
-    """Scenes of an exam, and of `check`: random ones, then the catalogue."""
-    return chain(random_scenes(examples, seed=seed), edge_cases())
+def _sources(system: str) -> dict[str, str]:
+    """Source of each module of a system's loop implementation, by the module's full name."""
+    names = [module.name for module in pkgutil.iter_modules(loop.__path__)]
+    mine = [f"{loop.__name__}.{name}" for name in names if name == system or name.startswith(f"{system}_")]
+    return {name: inspect.getsource(importlib.import_module(name)) for name in mine}
 
 
-def exam(faults: Sequence[Fault], *, examples: int = 20, seed: int = 0) -> tuple[Kill, ...]:
-    """Let the suite find faults.
+def _load(name: str, sources: Mapping[str, str], loaded: dict[str, ModuleType], label: str) -> ModuleType:
+    """Run one of the sources, in which the others are imported in place of the modules that they were taken from."""
+    if name not in loaded:
 
-    Parameters
-    ----------
-    faults : sequence of Fault
-    examples : int
-        Random scenes before the catalogue.
-    seed : int
-        Decides the random scenes.
+        def import_(wanted: str, *rest: Any) -> ModuleType:
+            return _load(wanted, sources, loaded, label) if wanted in sources else __import__(wanted, *rest)
 
-    Returns
-    -------
-    tuple of Kill
-        One for each fault, in order.
-
-    Examples
-    --------
-    >>> [kill.caught for kill in exam(faults_of("yolox")[:2])]
-    [True, True]
-    """
-    kills: dict[str, Kill] = {}
-    for operation in dict.fromkeys(fault.operation for fault in faults):
-        mine = [fault for fault in faults if fault.operation == operation]
-        kills |= {kill.fault.id: kill for kill in _sit(operation, mine, exam_scenes(examples, seed))}
-    return tuple(kills[fault.id] for fault in faults)
-
-
-def _sit(name: str, faults: list[Fault], scenes: Iterable[Scene]) -> Iterator[Kill]:
-    system, operation = find_operation(name)
-    alive = {fault.id: (fault, build(fault)) for fault in faults}
-    number = 0
-    for number, scene in enumerate(scenes, start=1):
-        for case in cases(system, operation, scene):
-            expectation = expect(system, operation, case.arguments)
-            for fault, call in list(alive.values()):
-                verdict = expectation.judge(perform(operation, call, case.arguments))
-                if verdict.wrong:
-                    del alive[fault.id]
-                    yield Kill(fault, verdict.findings[0].clause, case.name, number)
-        if not alive:
-            return
-    for fault, _ in alive.values():
-        yield Kill(fault, "", "", number)
+        loaded[name] = module = ModuleType(name)
+        vars(module)["__builtins__"] = {**vars(builtins), "__import__": import_}
+        exec(compile(sources[name], f"<{label}>", "exec"), vars(module))
+    return loaded[name]

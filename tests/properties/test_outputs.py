@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -68,6 +69,51 @@ def test_what_does_not_meet_the_contract_is_named(returned: object, message: str
     with pytest.raises(InputError, match=message):
         normalised(ASSIGN, returned)
     assert perform(ASSIGN, lambda **_: returned, {}).problem == "contract"
+
+
+class Sub(Tensor):
+    """A subclass could still be working when it is read."""
+
+
+def test_a_tensor_that_is_none_quite_is_refused() -> None:
+    with pytest.raises(InputError, match=r"quality: expected Tensor .* got Sub"):
+        normalised(ASSIGN, (INDEX, QUALITY.as_subclass(Sub)))
+    with pytest.raises(InputError, match=r"quality: expected .* got Tensor of layout torch.sparse_coo"):
+        normalised(ASSIGN, (INDEX, QUALITY.to_sparse()))
+    normalised(ASSIGN, (INDEX, torch.nn.Parameter(QUALITY)))
+
+
+@pytest.mark.parametrize(
+    ("leak", "name", "got"),
+    [
+        (lambda: torch.set_default_dtype(torch.float64), "default dtype", "torch.float64"),
+        (lambda: torch.set_default_device("meta"), "default device", "meta"),
+        (lambda: torch.set_num_threads(torch.get_num_threads() + 1), "number of threads", "[0-9]+"),
+        (lambda: torch.set_grad_enabled(False), "gradient mode", "False"),
+        (lambda: torch.use_deterministic_algorithms(True), "deterministic mode", "True"),
+    ],
+)
+def test_a_setting_left_behind_is_named_and_undone(leak: Callable[[], None], name: str, got: str) -> None:
+    def call(raw: list[Tensor], strides: list[int]) -> Tensor:
+        found = yolox.decode(raw, strides)
+        leak()
+        return found
+
+    outcome = perform(DECODE, call, heads())
+    assert outcome.problem == "contract"
+    assert re.search(f"PyTorch's {name}: expected .*, got {got}", outcome.message)
+    assert torch.get_default_dtype() == torch.float32
+    assert perform(DECODE, yolox.decode, heads()).problem == ""
+
+
+def test_without_gradients_none_are_asked_for() -> None:
+    def call(raw: list[Tensor], strides: list[int]) -> Tensor:
+        assert not torch.is_grad_enabled()
+        assert not raw[0].requires_grad
+        return yolox.decode(raw, strides)
+
+    outcome = perform(DECODE, call, heads(), grad=False)
+    assert (outcome.problem, outcome.gradients) == ("", {})
 
 
 def test_what_is_raised_becomes_the_outcome() -> None:

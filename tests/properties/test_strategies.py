@@ -4,10 +4,13 @@ import inspect
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
 from detoracle.properties import strategies
+from detoracle.properties.faults.fault import build, faults_of
+from detoracle.properties.outputs import perform
 from detoracle.properties.scenes import Scene
 from detoracle.properties.strategies import (
     anchors_on_edges,
@@ -19,10 +22,10 @@ from detoracle.properties.strategies import (
     overlapping_gts,
     scenes,
 )
-from detoracle.properties.systems import system_of
+from detoracle.properties.systems import NAMES, find_operation, system_of
 from detoracle.properties.yolox import native
 from detoracle.reference import yolox
-from detoracle.reference.errors import UpstreamRaises
+from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.explain import yolox as explain
 
 OF_BOXES = (ground_truths, overlapping_gts, conflicting_anchors, anchors_on_edges, degenerate_boxes)
@@ -109,6 +112,49 @@ def test_a_failure_shrinks_to_one_small_box() -> None:
     found = find(batches(), lambda scene: scene.max_gts >= 1)
     assert (found.num_images, found.max_gts, found.predictor.style) == (1, 1, "trained")
     assert found.gt_boxes[0].abs().max() <= 1
+
+
+@pytest.mark.parametrize("fault_id", ["yolox.no-penalty", "ssd.match-nothing-forced"])
+def test_a_planted_fault_shrinks_to_one_image_and_at_most_two_ground_truths(fault_id: str) -> None:
+    fault = next(fault for fault in faults_of(fault_id.partition(".")[0]) if fault.id == fault_id)
+    system, operation = find_operation(fault.operation)
+    wrong = build(fault)
+
+    def differs(scene: Scene) -> bool:
+        for _, arguments in system.arguments(operation.name, system.native(scene)):
+            expected, given = (perform(operation, call, arguments) for call in (operation.oracle, wrong))
+            if not expected.problem:
+                assert not given.problem
+                if not torch.equal(expected.outputs["gt_index"], given.outputs["gt_index"]):
+                    return True
+        return False
+
+    found = find(scenes(system=system.name), differs, settings=settings(quick, max_examples=200))
+    assert found.num_images == 1
+    assert found.max_gts <= 2
+    assert found.image_size == (64, 64)  # the smallest there is: 84 anchors at strides 8, 16 and 32
+    assert found.predictor.style == "trained"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_ssd_gets_no_image_without_ground_truths(name: str) -> None:
+    """Its published matching raises there; the others must be tried with one."""
+    without = []
+
+    @settings(quick, max_examples=50)
+    @given(scenes(system=name))
+    def draw(scene: Scene) -> None:
+        without.append("empty" in scene.tags)
+
+    draw()
+    assert len(without) > 30
+    assert any(without) == (name != "ssd")
+
+
+def test_an_unknown_system_is_an_error_when_something_is_drawn() -> None:
+    strategy = scenes(system="yolo")
+    with pytest.raises(InputError, match="one of yolox"):
+        find(strategy, lambda _: True)
 
 
 def test_errors_come_when_something_is_drawn() -> None:

@@ -53,6 +53,30 @@ def counts(seen=[], **_):
     seen.append(0)
     return torch.full((1, 1, 6), float(len(seen)))
 
+def buffer(raw, strides, made=[]):
+    made.append(right(raw, strides).detach())
+    return made[0].copy_(made[-1])
+
+def speaks(raw, strides):
+    print("all is well", flush=True)
+    os.write(1, b"all is well")
+    return right(raw, strides)
+
+def hoards(**_):
+    torch.ones(2**30)
+
+def gradients(**_):
+    return torch.full((1, 1, 6), float(torch.is_grad_enabled()))
+
+def forges(**_):
+    import gc, multiprocessing.connection
+    class Runs:
+        def __reduce__(self):
+            return exec, ("import torch; torch.forged = True",)
+    for found in gc.get_objects():
+        if type(found) is multiprocessing.connection.Connection:
+            found.send(Runs())
+
 def threads(**_):
     return torch.full((1, 1, 6), float(torch.get_num_threads()))
 """
@@ -99,6 +123,7 @@ def test_one_process_serves_many_calls(worker: Worker) -> None:
     ("name", "problem", "message"),
     [
         ("raises", "raised", "RuntimeError: on purpose"),
+        ("leaves", "raised", "SystemExit: 0"),
         ("unpicklable", "raised", "Odd: odd"),
         ("mistyped", "contract", "predictions: expected"),
         ("writes", "mutated-input", "raw[0] was written to"),
@@ -112,6 +137,36 @@ def test_problems_are_reported(name: str, problem: str, message: str, worker: Wo
     assert not HEAD["raw"][0].any()
 
 
+def test_what_a_call_returned_can_be_seen_again(worker: Worker) -> None:
+    other = {"raw": [torch.ones(1, 6, 1, 1)], "strides": [8]}
+    for name, kept in (("right", True), ("buffer", False)):
+        first = call(worker, name).outputs["predictions"]
+        worker.perform(DECODE, f"stranger:{name}", other)
+        assert torch.equal(worker.held().outputs["predictions"], first) == kept
+
+
+def test_a_call_is_made_in_its_manner(worker: Worker) -> None:
+    outcome = worker.perform(DECODE, "stranger:gradients", HEAD, manner="no-grad")
+    assert outcome.outputs["predictions"][0, 0, 0] == 0
+    assert outcome.gradients == {}
+    assert number(worker, "gradients") == 1
+    assert worker.perform(DECODE, "stranger:right", HEAD, manner="read-only").outputs["predictions"].tolist() == RIGHT
+    assert "the process died" in worker.perform(DECODE, "stranger:writes", HEAD, manner="read-only").message
+
+
+def test_what_it_prints_is_dropped(worker: Worker, capfd: pytest.CaptureFixture[str]) -> None:
+    assert call(worker, "speaks").outputs["predictions"].tolist() == RIGHT
+    assert capfd.readouterr().out == ""
+
+
+def test_what_it_sends_runs_no_code_here(worker: Worker) -> None:
+    with Worker(time_limit=20, memory_limit=2 << 30) as running:  # `worker` is here for its folder
+        assert call(running, "forges").message == "the process sent something that is no answer"
+        assert not hasattr(torch, "forged")
+        running._stop()
+        assert call(running, "hoards").message.startswith("RuntimeError")
+
+
 def test_a_module_that_cannot_be_imported_is_the_callers_fault(worker: Worker) -> None:
     with pytest.raises(DetoracleError, match="ImportError: a library is missing"):
         worker.require("broken_stranger:f")
@@ -123,7 +178,6 @@ def test_a_module_that_cannot_be_imported_is_the_callers_fault(worker: Worker) -
     ("name", "problem", "message"),
     [
         ("dies", "raised", "the process died (exit code 3)"),
-        ("leaves", "raised", "the process died (exit code 0)"),
         ("hangs", "timeout", "no answer within 20 s"),
     ],
 )

@@ -1,0 +1,291 @@
+"""Faults of RTMDet's targets and loss."""
+
+from __future__ import annotations
+
+from detoracle.properties.faults.fault import Fault
+
+__all__ = ["FAULTS"]
+
+FAULTS: tuple[Fault, ...] = (
+    # --------------------------------------------------------------------------------------------------------- targets
+    Fault(
+        "rtmdet.targets-background-first",
+        "rtmdet.targets",
+        "torch.full_like(gt_index, num_classes)",
+        "torch.full_like(gt_index, 0)",
+        "L3: the background is class C",
+    ),
+    Fault(
+        "rtmdet.targets-labels-shifted",
+        "rtmdet.targets",
+        "labels[image, anchor] = gt_labels[image, g]",
+        "labels[image, anchor] = gt_labels[image, g] + 1",
+        "L3: classes begin at 0",
+    ),
+    Fault(
+        "rtmdet.targets-positives-only",
+        "rtmdet.targets",
+        "gt_index[image] != IGNORED] = 1",
+        "gt_index[image] >= 0] = 1",
+        "stage 6: background trains too",
+    ),
+    Fault(
+        "rtmdet.targets-padding-weighs",
+        "rtmdet.targets",
+        "gt_index[image] != IGNORED] = 1",
+        "gt_index[image] < len(gt_boxes[image])] = 1",
+        "C12: priors in the padding train nothing",
+    ),
+    Fault(
+        "rtmdet.targets-weight-always",
+        "rtmdet.targets",
+        "if pos_weight > 0:",
+        "if pos_weight != 0:",
+        "stage 6: the weight of positives only if above 0",
+    ),
+    Fault(
+        "rtmdet.targets-weight-never",
+        "rtmdet.targets",
+        "label_weights[image, anchor] = pos_weight",
+        "label_weights[image, anchor] = 1",
+        "stage 6: the weight that was asked for",
+    ),
+    Fault(
+        "rtmdet.targets-centre-form",
+        "rtmdet.targets",
+        "box_targets[image, anchor] = gt_boxes[image, g]",
+        "left_top, right_bottom = gt_boxes[image, g].split(2)\n"
+        "            box_targets[image, anchor] = torch.cat([(left_top + right_bottom) / 2, right_bottom - "
+        "left_top])",
+        "C1: centre form for corner form",
+    ),
+    Fault(
+        "rtmdet.targets-metric-one",
+        "rtmdet.targets",
+        "metrics[image, anchor] = quality[image, anchor]",
+        "metrics[image, anchor] = 1",
+        "stage 6: the metric is the IoU",
+    ),
+    Fault(
+        "rtmdet.targets-of-first-image",
+        "rtmdet.targets",
+        "box_targets[image, anchor] = gt_boxes[image, g]",
+        "box_targets[image, anchor] = gt_boxes[0, g]",
+        "L7: ground truths of the prior's own image",
+    ),
+    Fault(
+        "rtmdet.targets-half",
+        "rtmdet.targets",
+        "box_targets = gt_boxes.new_zeros(*gt_index.shape, 4)",
+        "box_targets = gt_boxes.new_zeros(*gt_index.shape, 4, dtype=torch.float16)",
+        "D7: targets kept in half precision",
+    ),
+    # ------------------------------------------------------------------------------------------------------------ loss
+    Fault(
+        "rtmdet.loss-cell-centres",
+        "rtmdet.loss",
+        "offset: float = 0.0,\n    allowed_border",
+        "offset: float = 0.5,\n    allowed_border",
+        "stage 1: the cell's corner, not its centre",
+    ),
+    Fault(
+        "rtmdet.loss-stride-twice",
+        "rtmdet.loss",
+        "boxes = decode(points[:, :2], flat_distances)",
+        "boxes = decode(points[:, :2], flat_distances * points[:, 2:3])",
+        "C5: distances are in pixels already",
+    ),
+    Fault(
+        "rtmdet.loss-boxes-half",
+        "rtmdet.loss",
+        "boxes = decode(points[:, :2], flat_distances)",
+        "boxes = decode(points[:, :2], flat_distances).half().to(flat_distances)",
+        "D12: boxes rounded to half precision",
+    ),
+    Fault(
+        "rtmdet.loss-layout",
+        "rtmdet.loss",
+        "flat_distances = torch.cat([level.flatten(2).transpose(1, 2) for",
+        "flat_distances = torch.cat([level.reshape(len(level), -1, 4) for",
+        "C1: the channels are the second dimension",
+    ),
+    Fault(
+        "rtmdet.loss-levels-overlap",
+        "rtmdet.loss",
+        "start += height * width",
+        "start = height * width",
+        "stage 6: each level begins where the one before ends",
+    ),
+    Fault(
+        "rtmdet.loss-normalised-by-count",
+        "rtmdet.loss",
+        "_mean_over_ranks(metrics.sum())",
+        "_mean_over_ranks((metrics > 0).sum())",
+        "stage 7: the sum of metrics",
+    ),
+    Fault(
+        "rtmdet.loss-normaliser-unlimited",
+        "rtmdet.loss",
+        "_mean_over_ranks(metrics.sum()).clamp(min=1)",
+        "_mean_over_ranks(metrics.sum())",
+        "N18: at least 1",
+    ),
+    Fault(
+        "rtmdet.loss-normaliser-tiny",
+        "rtmdet.loss",
+        "_mean_over_ranks(metrics.sum()).clamp(min=1)",
+        "_mean_over_ranks(metrics.sum()).clamp(min=1e-3)",
+        "R6: at least 1",
+    ),
+    Fault(
+        "rtmdet.loss-normalised-by-level",
+        "rtmdet.loss",
+        "average_factor=1.0,\n            loss_weight=class_loss_weight",
+        "average_factor=max(float(level_metrics.sum()), 1.0),\n            loss_weight=class_loss_weight",
+        "R4: a local normaliser for the global one",
+    ),
+    Fault(
+        "rtmdet.loss-normalised-by-image",
+        "rtmdet.loss",
+        "_mean_over_ranks(metrics.sum())",
+        "_mean_over_ranks(metrics.sum() / len(metrics))",
+        "R4: the sum over the batch",
+    ),
+    Fault(
+        "rtmdet.loss-box-unweighted",
+        "rtmdet.loss",
+        "level_metrics[positive],\n                eps",
+        "torch.ones_like(level_metrics[positive]),\n                eps",
+        "stage 7: weighted by the metric",
+    ),
+    Fault(
+        "rtmdet.loss-positives-of-class-0",
+        "rtmdet.loss",
+        "positive = level_labels < num_classes",
+        "positive = (level_labels > 0) & (level_labels < num_classes)",
+        "L3: class 0 is a class",
+    ),
+    Fault(
+        "rtmdet.loss-box-of-all",
+        "rtmdet.loss",
+        "positive = level_labels < num_classes",
+        "positive = level_labels <= num_classes",
+        "L3: the background has class C",
+    ),
+    Fault(
+        "rtmdet.loss-positives-in-class",
+        "rtmdet.loss",
+        "level_weights,\n            beta",
+        "level_weights * (level_labels < num_classes),\n            beta",
+        "stage 7: the background trains the class logits",
+    ),
+    Fault(
+        "rtmdet.loss-box-weight",
+        "rtmdet.loss",
+        "box_loss_weight: float = 2.0",
+        "box_loss_weight: float = 1.0",
+        "stage 7: box weight 2",
+    ),
+    Fault(
+        "rtmdet.loss-mean-over-levels",
+        "rtmdet.loss",
+        "class_losses.sum() + box_losses.sum()",
+        "class_losses.mean() + box_losses.mean()",
+        "stage 7: the sum over levels",
+    ),
+    Fault(
+        "rtmdet.loss-class-detached",
+        "rtmdet.loss",
+        "level_logits = logits[:, level]",
+        "level_logits = logits.detach()[:, level]",
+        "A4: no gradient to the class logits",
+    ),
+    Fault(
+        "rtmdet.loss-box-detached",
+        "rtmdet.loss",
+        "level_boxes = boxes[:, level]",
+        "level_boxes = boxes.detach()[:, level]",
+        "A4: no gradient to the distances",
+    ),
+    Fault(
+        "rtmdet.loss-in-place",
+        "rtmdet.loss",
+        "    logits = torch.cat([level",
+        "    distances[0].data.clamp_(max=16)\n    logits = torch.cat([level",
+        "A1: the input is overwritten",
+    ),
+    Fault(
+        "rtmdet.loss-masks-dropped",
+        "rtmdet.loss",
+        "gt_masks=gt_masks,\n        topk",
+        "gt_masks=None,\n        topk",
+        "quirk: the mask's centre of mass, if there are masks",
+    ),
+    Fault(
+        "rtmdet.loss-epsilon-dropped",
+        "rtmdet.loss",
+        "                eps=giou_eps,\n",
+        "",
+        "stage 7: the epsilon that was asked for",
+    ),
+    Fault(
+        "rtmdet.loss-ignored-boxes",
+        "rtmdet.loss",
+        "    if image_shapes is not None and allowed_border >= 0:",
+        "    for image, regions in enumerate(() if ignored_boxes is None else ignored_boxes):\n"
+        "        for left, top, right, bottom in regions:\n"
+        "            x, y = points[:, 0], points[:, 1]\n"
+        "            inside[image] &= ~((x > left) & (x < right) & (y > top) & (y < bottom))\n"
+        "    if image_shapes is not None and allowed_border >= 0:",
+        "C13: ignored regions are never read",
+    ),
+    Fault(
+        "rtmdet.loss-padding-floored",
+        "rtmdet.loss",
+        "rows = math.ceil(pad_height / stride_y)",
+        "rows = int(pad_height / stride_y)",
+        "C4: a cell that begins in the image takes part",
+    ),
+    Fault(
+        "rtmdet.loss-padding-swapped",
+        "rtmdet.loss",
+        "for pad_height, pad_width in",
+        "for pad_width, pad_height in",
+        "C3: height and width swapped",
+    ),
+    Fault(
+        "rtmdet.loss-padding-either-axis",
+        "rtmdet.loss",
+        "row < rows and column < columns",
+        "row < rows or column < columns",
+        "C12: inside along both axes",
+    ),
+    Fault(
+        "rtmdet.loss-border-of-points",
+        "rtmdet.loss",
+        "far = (points[:, 2] < width + border) & (points[:, 3] < height + border)",
+        "far = (points[:, 0] < width + border) & (points[:, 1] < height + border)",
+        "quirk: strides are compared, as published",
+    ),
+    Fault(
+        "rtmdet.loss-border-reached",
+        "rtmdet.loss",
+        "far = (points[:, 2] < width + border)",
+        "far = (points[:, 2] <= width + border)",
+        "stage 2: below the border",
+    ),
+    Fault(
+        "rtmdet.loss-border-dropped",
+        "rtmdet.loss",
+        "points, image_shapes, allowed_border)",
+        "points, image_shapes, 0)",
+        "stage 2: the border that was asked for",
+    ),
+    Fault(
+        "rtmdet.loss-empty-level-zero",
+        "rtmdet.loss",
+        "box_loss = level_boxes.sum() * 0",
+        "box_loss = level_boxes.new_zeros(())",
+        "R5: 0 times the boxes, which shows what is not finite",
+    ),
+)

@@ -1,0 +1,223 @@
+"""Faults of RTMDet's objectness and loss terms."""
+
+from __future__ import annotations
+
+from detoracle.properties.faults.fault import Fault
+
+__all__ = ["FAULTS"]
+
+FAULTS: tuple[Fault, ...] = (
+    # ------------------------------------------------------------------------------------------------------ objectness
+    Fault(
+        "rtmdet.joint-without-root",
+        "rtmdet.joint_logits",
+        "mean = torch.sqrt(product.masked_fill(underflow, 1))",
+        "mean = product.masked_fill(underflow, 1)",
+        "head: the geometric mean",
+    ),
+    Fault(
+        "rtmdet.joint-epsilon",
+        "rtmdet.joint_logits",
+        "yes = mean.clamp(min=1e-5)",
+        "yes = mean.clamp(min=1e-6)",
+        "head: limited to 1e-5 at least",
+    ),
+    Fault(
+        "rtmdet.joint-one-sided",
+        "rtmdet.joint_logits",
+        "(1 - mean).clamp(min=1e-5)",
+        "(1 - mean)",
+        "head: the complement is limited too",
+    ),
+    Fault(
+        "rtmdet.joint-nan-gradient",
+        "rtmdet.joint_logits",
+        "underflow = product == 0",
+        "underflow = product < 0",
+        "N16: a root of 0 has no slope",
+    ),
+    Fault(
+        "rtmdet.joint-objectness-detached",
+        "rtmdet.joint_logits",
+        "torch.sigmoid(objectness_logits)",
+        "torch.sigmoid(objectness_logits.detach())",
+        "A4: no gradient to the objectness",
+    ),
+    # ------------------------------------------------------------------------------------------------------ class term
+    Fault(
+        "rtmdet.qfl-beta-fixed",
+        "rtmdet.qfl",
+        "entropy * error**beta",
+        "entropy * error**2",
+        "stage 7: the exponent that was asked for",
+    ),
+    Fault(
+        "rtmdet.qfl-error-detached",
+        "rtmdet.qfl",
+        "error = torch.abs(target - probability)",
+        "error = torch.abs(target - probability).detach()",
+        "A6: equal values, other gradients",
+    ),
+    Fault(
+        "rtmdet.qfl-label-shifted",
+        "rtmdet.qfl",
+        "torch.where(labels == label, quality, 0)",
+        "torch.where(labels == label + 1, quality, 0)",
+        "L3: classes begin at 0",
+    ),
+    Fault(
+        "rtmdet.qfl-hard-target",
+        "rtmdet.qfl",
+        "torch.where(labels == label, quality, 0)",
+        "torch.where((labels == label) & (quality > 0), 1.0, 0)",
+        "stage 7: the target is the quality, not 1",
+    ),
+    Fault(
+        "rtmdet.qfl-logits-always",
+        "rtmdet.qfl",
+        "if activated:",
+        "if False:",
+        "stage 7: inputs may be probabilities",
+    ),
+    Fault(
+        "rtmdet.qfl-of-probabilities",
+        "rtmdet.qfl",
+        'F.binary_cross_entropy_with_logits(column, target, reduction="none")',
+        'F.binary_cross_entropy(torch.sigmoid(column), target, reduction="none")',
+        "N7: logits, not probabilities, whose logarithm ends at -100",
+    ),
+    Fault(
+        "rtmdet.qfl-last-class-missing",
+        "rtmdet.qfl",
+        "for label in range(predicted.shape[1]):",
+        "for label in range(max(predicted.shape[1] - 1, 1)):",
+        "L3: one class is taken for the background",
+    ),
+    Fault(
+        "rtmdet.qfl-unweighted",
+        "rtmdet.qfl",
+        "return loss_weight * _reduced(rows, weight, reduction, average_factor)",
+        "return loss_weight * _reduced(rows, None, reduction, average_factor)",
+        "stage 7: times the weight of each row",
+    ),
+    Fault(
+        "rtmdet.qfl-loss-weight-dropped",
+        "rtmdet.qfl",
+        "return loss_weight * _reduced(rows, weight",
+        "return _reduced(rows, weight",
+        "stage 7: the loss weight that was asked for",
+    ),
+    Fault(
+        "rtmdet.reduced-factor-epsilon",
+        "rtmdet.qfl",
+        "_AVERAGE_EPS = 2.0**-23",
+        "_AVERAGE_EPS = 1e-4",
+        "P5: an epsilon of another system",
+    ),
+    Fault(
+        "rtmdet.reduced-factor-ignored",
+        "rtmdet.qfl",
+        "return rows.sum() / (average_factor + _AVERAGE_EPS)",
+        "return rows.mean() / (average_factor + _AVERAGE_EPS)",
+        "stage 7: the factor replaces the number of rows",
+    ),
+    Fault(
+        "rtmdet.reduced-mean-for-sum",
+        "rtmdet.qfl",
+        'if reduction == "sum":',
+        'if reduction == "total":',
+        "stage 7: a sum if asked for",
+    ),
+    Fault(
+        "rtmdet.reduced-sum-for-mean",
+        "rtmdet.qfl",
+        "return rows.mean()",
+        "return rows.sum()",
+        "stage 7: a mean if asked for",
+    ),
+    # -------------------------------------------------------------------------------------------------------- box term
+    Fault(
+        "rtmdet.giou-penalty-of-intersection",
+        "rtmdet.giou_loss",
+        "(enclosure - union) / enclosure",
+        "(enclosure - intersection) / enclosure",
+        "N1: the union belongs in the penalty",
+    ),
+    Fault(
+        "rtmdet.giou-penalty-over-union",
+        "rtmdet.giou_loss",
+        "(enclosure - union) / enclosure",
+        "(enclosure - union) / union",
+        "N1: over the enclosing area",
+    ),
+    Fault(
+        "rtmdet.giou-penalty-missing",
+        "rtmdet.giou_loss",
+        "giou = iou - (enclosure - union) / enclosure",
+        "giou = iou",
+        "stage 7: GIoU, not IoU",
+    ),
+    Fault(
+        "rtmdet.giou-epsilon-added",
+        "rtmdet.giou_loss",
+        "- intersection).clamp(min=eps)",
+        "- intersection) + eps",
+        "P5: the larger of both, not the sum",
+    ),
+    Fault(
+        "rtmdet.giou-epsilon-fixed",
+        "rtmdet.giou_loss",
+        "(outer[:, 0] * outer[:, 1]).clamp(min=eps)",
+        "(outer[:, 0] * outer[:, 1]).clamp(min=1e-6)",
+        "stage 7: the epsilon that was asked for",
+    ),
+    Fault(
+        "rtmdet.giou-not-clamped",
+        "rtmdet.giou_loss",
+        "shared = (right_bottom - left_top).clamp(min=0)\n    intersection = shared[:, 0] * shared[:, 1]\n    union =",
+        "shared = right_bottom - left_top\n    intersection = shared[:, 0] * shared[:, 1]\n    union =",
+        "boxes: sides clamped at 0",
+    ),
+    Fault(
+        "rtmdet.giou-inner-enclosure",
+        "rtmdet.giou_loss",
+        "outer_left_top = torch.minimum(",
+        "outer_left_top = torch.maximum(",
+        "boxes: the box that encloses both",
+    ),
+    Fault(
+        "rtmdet.giou-enclosure-detached",
+        "rtmdet.giou_loss",
+        "enclosure = (outer[:, 0] * outer[:, 1])",
+        "enclosure = (outer[:, 0] * outer[:, 1]).detach()",
+        "A6: equal values, other gradients",
+    ),
+    Fault(
+        "rtmdet.giou-half",
+        "rtmdet.giou_loss",
+        "return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])",
+        "return ((boxes[:, 2] - boxes[:, 0]).half() * (boxes[:, 3] - boxes[:, 1]).half()).to(boxes)",
+        "D12: areas overflow half precision",
+    ),
+    Fault(
+        "rtmdet.giou-weights-summed",
+        "rtmdet.giou_loss",
+        "weight = weight.mean(1)",
+        "weight = weight.sum(1)",
+        "stage 7: weights of the sides are averaged",
+    ),
+    Fault(
+        "rtmdet.giou-negative-weights",
+        "rtmdet.giou_loss",
+        'if weight is not None and reduction != "none" and not (weight > 0).any():',
+        'if weight is not None and reduction != "none" and not (weight != 0).any():',
+        "A3: no weight above 0, as published",
+    ),
+    Fault(
+        "rtmdet.giou-zero-unconnected",
+        "rtmdet.giou_loss",
+        "return (predicted * per_side).sum()",
+        "return (predicted.detach() * per_side).sum()",
+        "A4: a zero that is connected to the boxes",
+    ),
+)

@@ -1,0 +1,85 @@
+"""The assignment that a loss has trained is found among more than could be tried, and a wrong loss is still wrong."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from detoracle.properties.checking import cases
+from detoracle.properties.comparison import expect
+from detoracle.properties.edge_cases import edge_cases
+from detoracle.properties.gradients import in_float64
+from detoracle.properties.outputs import Outcome, perform
+from detoracle.properties.systems import find_operation
+from detoracle.properties.trained import trained_assignment
+from detoracle.reference.explain.explanation import Count, Explanation, World
+
+SCENES = {scene.name: scene for scene in edge_cases()}
+EITHER = frozenset([0, 1])
+
+
+def tie(anchors: int, *counts: Count) -> Explanation:
+    """Every anchor but the last may be either ground truth."""
+    world = World(torch.zeros(anchors).long(), torch.zeros(anchors), dict.fromkeys(range(anchors - 1), EITHER), counts)
+    return Explanation(((world,),), lambda gt_index: gt_index)  # type: ignore[arg-type,return-value]
+
+
+def first(explanation: Explanation, given: Tensor, loss: Any) -> list[int] | None:
+    found = next(trained_assignment(explanation, loss(given), loss), None)
+    return None if found is None else found[0].tolist()  # type: ignore[no-any-return]
+
+
+def test_every_row_tells_on_its_own_whatever_the_loss_is_divided_by() -> None:
+    def loss(gt_index: Tensor) -> Outcome:
+        rows = (gt_index + 1).double()
+        return Outcome(gradients={"raw": (rows / rows.sum())[..., None]})
+
+    given = torch.tensor([[1, 0] * 40])
+    assert first(tie(80), given, loss) == given[0].tolist()
+
+
+def test_outcomes_of_the_same_gradient_are_told_by_the_value() -> None:
+    def loss(gt_index: Tensor) -> Outcome:
+        weights = torch.linspace(1, 2, gt_index.numel()).double().sqrt()
+        return Outcome({"total": (weights * gt_index).sum()}, {"raw": torch.ones(*gt_index.shape, 1).double()})
+
+    given = torch.tensor([[0, 1, 1, 0, 1, 0, 1, 0]])
+    assert first(tie(8), given, loss) == given[0].tolist()
+
+
+def test_what_joint_constraints_rule_out_is_not_found() -> None:
+    def loss(gt_index: Tensor) -> Outcome:
+        return Outcome(gradients={"raw": gt_index[..., None].double()})
+
+    explanation = tie(4, Count(1, torch.arange(3), 1, 1, otherwise=0))
+    assert first(explanation, torch.tensor([[0, 0, 1, 0]]), loss) == [0, 0, 1, 0]
+    found = first(explanation, torch.tensor([[1, 1, 1, 0]]), loss)
+    assert found is None or sum(found) == 1
+
+
+def test_without_a_gradient_nothing_is_found() -> None:
+    loss = lambda gt_index: Outcome(gradients={"raw": None})  # noqa: E731  a loss of one line
+    assert first(tie(2), torch.tensor([[0, 1]]), loss) is None
+
+
+@pytest.mark.parametrize("operation", ["ssd.loss", "anchor_head.ssd_loss"])
+def test_the_loss_of_a_crowd_is_judged(operation: str) -> None:
+    system, loss = find_operation(operation)
+    case = next(iter(cases(system, loss, SCENES["crowd-150"])))
+    expectation = expect(system, loss, case.arguments)
+    assert expectation.explanation is not None
+    outcome = perform(loss, loss.oracle, case.arguments)
+    assert expectation.judge(outcome).status in ("equal", "ambiguous")
+    for name, part in outcome.outputs.items():
+        wrong = Outcome({**outcome.outputs, name: part * 1.01}, outcome.gradients)
+        assert expectation.judge(wrong).status == "different"
+    found = expectation.explanation.gt_index.clone()
+    [image, anchor] = (found >= 0).nonzero()[0].tolist()
+    found[image, anchor] = -1
+    if expectation.explanation.wrong(found).any():
+        missing = partial(system.loss_given[operation], found, dtype=None)
+        assert expectation.judge(perform(loss, missing, in_float64(case.arguments))).wrong
