@@ -8,6 +8,7 @@ import traceback
 import typer
 
 from detoracle.commands.bench import bench
+from detoracle.commands.certify import certify
 from detoracle.commands.check import check
 from detoracle.commands.compare import compare
 from detoracle.commands.faults import faults
@@ -24,7 +25,7 @@ app = typer.Typer(
     help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None
 )
 app.command("list")(list_)
-for _command in (describe, env, compare, check, bench, gate, golden, replay, faults, report):
+for _command in (describe, env, compare, check, certify, bench, gate, golden, replay, faults, report):
     app.command()(_command)
 
 

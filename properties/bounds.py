@@ -10,10 +10,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GRADIENT_FACTOR", "GRADIENT_FLOOR", "GRADIENT_UNITS", "VALUE_FACTOR", "gradient_bound", "outside"]
+__all__ = [
+    "DOUBLE_UNITS",
+    "GRADIENT_FACTOR",
+    "GRADIENT_FLOOR",
+    "GRADIENT_UNITS",
+    "VALUE_FACTOR",
+    "gradient_bound",
+    "outside",
+    "value_bound",
+]
 
 VALUE_FACTOR = 2.0
 """A right implementation may arrange the formula differently: its error is within twice the oracle's bound."""
+
+DOUBLE_UNITS = 8.0
+"""In float64 the oracle itself rounds, unseen: a right value may be so many unit roundoffs from it."""
 
 GRADIENT_FACTOR = 8.0
 """A right gradient errs at most so many times as much as the plain oracle's, row by row."""
@@ -24,6 +36,32 @@ GRADIENT_UNITS = 64.0
 
 GRADIENT_FLOOR = 8.0
 """... plus so many of the tensor's largest gradient, for where large terms cancel to nothing."""
+
+
+def value_bound(exact: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bound on a right value's distance from the float64 one.
+
+    Parameters
+    ----------
+    exact, error : Tensor float64
+        Value, and the bound that running error analysis puts on one way to compute it.
+    dtype : torch.dtype
+        Of the value to judge.
+
+    Returns
+    -------
+    bound : Tensor float64
+
+    Examples
+    --------
+    >>> zero = torch.zeros(1, dtype=torch.float64)
+    >>> 0 < float(value_bound(zero, zero, torch.float32)) < 1e-37  # what underflows may be flushed to zero or not
+    True
+    """
+    info = torch.finfo(dtype)
+    underflow = info.smallest_normal * (info.eps if dtype == torch.float16 else 1.0)  # half keeps its subnormals
+    own = DOUBLE_UNITS * info.eps / 2 * exact.abs().nan_to_num(posinf=0.0) if dtype == torch.float64 else 0.0
+    return VALUE_FACTOR * error + own + underflow
 
 
 def gradient_bound(exact: Tensor, plain: Tensor, *, row: int = -1, dtype: torch.dtype | None = None) -> Tensor:

@@ -154,10 +154,7 @@ def _distance(seen: Sequence[Tensor], trial: Sequence[Tensor] | None, fixed: Ten
     """Squared distance (B, A) of rows, those of the trial brought to the scale that anchors of `fixed` outcome show."""
     if trial is None:
         return torch.full(fixed.shape, math.inf, dtype=torch.float64, device=fixed.device)
-    pairs = [
-        [t[fixed].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for t in pair] for pair in zip(seen, trial, strict=True)
-    ]
-    scales = [float((given * right).sum() / (right * right).sum()) for given, right in pairs]
+    scales = [_scale(given, right, fixed) for given, right in zip(seen, trial, strict=True)]
     usual = next((scale for scale in scales if math.isfinite(scale)), 1.0)
     total = torch.zeros(fixed.shape, dtype=torch.float64, device=fixed.device)
     for given, right, scale in zip(seen, trial, scales, strict=True):
@@ -165,6 +162,18 @@ def _distance(seen: Sequence[Tensor], trial: Sequence[Tensor] | None, fixed: Ten
         apart = (given - scaled).masked_fill(given.isnan() & right.isnan() | (given == right), 0.0)
         total += (apart * apart).sum(-1).nan_to_num(nan=math.inf)
     return total
+
+
+def _scale(given: Tensor, right: Tensor, fixed: Tensor) -> float:
+    """What brings rows of a trial to those seen: over anchors of fixed outcome, or else on the row that fits best."""
+    given, right = (t.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for t in (given, right))
+    product, square = (given * right).sum(-1), (right * right).sum(-1)
+    scale = float(product[fixed].sum() / square[fixed].sum())
+    if math.isfinite(scale):
+        return scale
+    own = product / square
+    misfit = ((given - own[..., None] * right) ** 2).sum(-1) / (given * given).sum(-1)
+    return float(own.flatten()[misfit.nan_to_num(nan=math.inf).argmin()])
 
 
 def _one_by_one(
@@ -201,7 +210,7 @@ def _by_value(
 
     What is exchanged leaves what the loss is divided by as it is, so the effects add up.
     """
-    if not alike or sum(len(options) for *_, options in alike) > _MOST_ALIKE:
+    if not alike or not given.outputs or sum(len(options) for *_, options in alike) > _MOST_ALIKE:
         yield found
         return
     before = loss_given(found).outputs

@@ -87,11 +87,11 @@ def _matrix(tally: Tally, most: int) -> list[str]:
     columns = tally.implementations[: min(most, _MOST_COLUMNS)]
     lines = [
         [_code(operation), *(_cell(tally.cells.get((operation, name))) for name in columns)]
-        for operation in tally.operations
+        for operation in tally.operations[:most]
     ]
     left_out = len(tally.implementations) - len(columns)
     more = [f"\n{left_out:,} more implementations are in the report."] if left_out else []
-    return _table(["operation", *map(_code, columns)], lines, most) + more
+    return _table(["operation", *map(_code, columns)], lines, len(tally.operations)) + more
 
 
 def _cell(cell: Cell | None) -> str:
@@ -105,12 +105,12 @@ def _cell(cell: Cell | None) -> str:
 
 def _findings(rows: Sequence[Row], most: int) -> list[str]:
     lines = []
-    for row in rows:
+    for row in rows[:most]:
         where = f"{row.scene} ({row.setting})" if row.setting else row.scene
         replay = _code(f"detoracle replay {shlex.quote(visible(row.scene_file))}") if row.scene_file else ""
         what = f"{row.where} {row.message}".strip()
         lines.append([_code(row.clause or row.status), _code(row.implementation), _code(where), _code(what), replay])
-    return _table(["clause", "implementation", "scene", "finding", "replay"], lines, most)
+    return _table(["clause", "implementation", "scene", "finding", "replay"], lines, len(rows))
 
 
 def _timings(measurements: Sequence[Measurement], most: int) -> list[str]:
@@ -121,14 +121,16 @@ def _timings(measurements: Sequence[Measurement], most: int) -> list[str]:
             "baseline" if m.implementation == m.baseline else f"{m.times_faster:.3g} ({m.low:.3g} to {m.high:.3g})",
             f"{m.operations:,}",
         ]
-        for m in measurements
+        for m in measurements[:most]
     ]
-    return _table(["operation", "implementation", "workload", "ms", "times faster (95 %)", "operations"], lines, most)
+    head = ["operation", "implementation", "workload", "ms", "times faster (95 %)", "operations"]
+    return _table(head, lines, len(measurements))
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]], most: int) -> list[str]:
-    shown = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines[:most]]]
-    return [*shown, f"\n{len(lines) - most:,} more are in the report."] if len(lines) > most else shown
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]], whole: int) -> list[str]:
+    """A table, and below it how many of all its lines were left out."""
+    shown = [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines]]
+    return [*shown, f"\n{whole - len(lines):,} more are in the report."] if whole > len(lines) else shown
 
 
 def _code(text: str) -> str:

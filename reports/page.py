@@ -1,27 +1,25 @@
 """One page that shows a whole run: self-contained, offline, and small however many checks there were.
 
 Rows are counted into one cell for each operation and implementation; findings are shown up to a stated number, some of
-every kind; ``templates/`` lays it out. Names are strangers' and are made harmless twice over: by Jinja2's autoescape
-for HTML, by `detoracle.reports.text` for characters that act unseen. And by its content security policy the page
-forbids itself the network and any script but its own.
+every kind; ``templates/`` lays it out.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from detoracle.reports.growing import growth_plots
+from detoracle.reports.layout import laid_out
 from detoracle.reports.picture import draw
 from detoracle.reports.record import Measurement, Picture, Report, Row
 from detoracle.reports.tally import Cell, Tally
-from detoracle.reports.text import short, visible
+from detoracle.reports.text import visible
 
 __all__ = ["MOST_BYTES", "MOST_FINDINGS", "render"]
 
@@ -33,6 +31,7 @@ MOST_BYTES = 3_000_000
 
 _PICTURES = MOST_BYTES // 2  # bytes
 _MOST_NOTES = 50
+_MOST_LINES = 500  # of a table
 _SYMBOLS = {"equal": "✓", "ambiguous": "≈", "undefined": "○"}
 
 
@@ -54,53 +53,30 @@ def render(report: Report) -> str:
     >>> "Nothing was checked" in page
     True
     """
-    environment = _environment()
-    script, _, _ = environment.loader.get_source(environment, "report.js")  # type: ignore[union-attr]
     tally = Tally(report.rows)
     pictures = _Pictures(report.pictures)
+    growth = growth_plots(report.growth, report.measurements)
     most = MOST_FINDINGS
     while True:
         shown = _shown(tally.cells.values(), most)
-        page = environment.get_template("report.html.jinja").render(
+        page = laid_out(
+            "report",
+            "tables",
+            _FILTERS,
+            title=report.title,
             report=report,
             tally=tally,
             shown=shown,
             shown_ids={cell.id for cell, _ in shown},
             pictures=pictures,
             notes=tally.notes.most_common(_MOST_NOTES),
-            script=Markup(script),
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            benched=any(m.phase or m.first_call or m.floor_share for m in report.measurements),
+            growth=growth,
+            most_lines=_MOST_LINES,
         )
         if most == 0 or len(page.encode()) <= MOST_BYTES:
             return page
         most //= 2
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("detoracle.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "name": _name,
-        "short": short,
-        "visible": visible,
-        "number": lambda value: f"{value:,}",
-        "share": _share,
-        "decimal": _decimal,
-        "duration": _duration,
-        "symbol": lambda status: _SYMBOLS.get(status, "✗"),
-        "kind": lambda status: status if status in _SYMBOLS else "finding",
-        "replay": _replay,
-        "gain": _gain,
-        "certain": _certain,
-        "axis": _axis,
-    }
-    return environment
 
 
 # ------------------------------------------------------------------------------------------------------- findings
@@ -148,33 +124,6 @@ def _replay(file: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- how it is put
-def _name(text: str) -> Markup:
-    """A stranger's text, isolated from the direction of the text around it; cut with the whole in its tooltip."""
-    whole, shown = visible(text), short(text)
-    title = "" if shown == whole else Markup(' title="{}"').format(whole)
-    return Markup("<bdi{}>{}</bdi>").format(title, escape(shown))
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.2%}" if whole else "–"
-
-
-def _decimal(value: float) -> str:
-    """Three digits, or more of a large number."""
-    if not math.isfinite(value):
-        return "unknown" if math.isnan(value) else "∞" if value > 0 else "−∞"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if not 60 <= seconds < math.inf:
-        return f"{_decimal(seconds)} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 def _gain(measurement: Measurement) -> tuple[str, str]:
     """Kind and words of a ratio: only an interval that clears 1 says faster or slower."""
     if measurement.implementation == measurement.baseline:
@@ -194,3 +143,16 @@ def _certain(measurement: Measurement) -> bool:
 def _axis(ratio: float) -> float:
     """Place of a ratio on a logarithmic axis of 120 pixels, from 1/8 to 8 times."""
     return round(62 + 20 * min(max(math.log2(ratio), -3.0), 3.0), 1)
+
+
+_FILTERS: Mapping[str, Callable[..., Any]] = {
+    "share": lambda part, whole: f"{part / whole:.2%}" if whole else "–",
+    "percent": lambda share: f"{share:.1%}",
+    "exponent": lambda value: f"{value:.2f}",
+    "symbol": lambda status: _SYMBOLS.get(status, "✗"),
+    "kind": lambda status: status if status in _SYMBOLS else "finding",
+    "replay": _replay,
+    "gain": _gain,
+    "certain": _certain,
+    "axis": _axis,
+}

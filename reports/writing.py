@@ -7,10 +7,14 @@ results.json       the whole `Report`; one row, measurement or picture a line; `
 results.csv        its rows
 measurements.csv   its measurements
 report.html        one page that opens from disk, without a network
+junit.xml          its rows as test cases, for a CI system
+summary.md         the verdict in a few lines, for a comment on a pull request
+badge.svg          the verdict as a picture, for a README
 .lock              while somebody writes: the number of that process
 ================== ==================================================================================
 
-Each file is the old one or the whole new one, never half. What the columns mean is said in `detoracle.reports.record`.
+Each file is the old one or the whole new one, never half. What the columns mean is said in `detoracle.reports.record`,
+and to programs in ``schema/report-1.json`` beside this module.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from typing import Any
 
 from detoracle.properties.scenefile import write_atomically
 from detoracle.reference.errors import InputError
+from detoracle.reports.badge import badge_of
+from detoracle.reports.junit import junit_of
+from detoracle.reports.markdown import summary_of
 from detoracle.reports.page import render
 from detoracle.reports.record import Measurement, Report, Row, from_json, to_json
 from detoracle.reports.tables import csv_of
@@ -32,7 +39,7 @@ __all__ = ["locked", "read_report", "write_report"]
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write a run's tables and page.
+    """Write everything that a run leaves behind.
 
     Parameters
     ----------
@@ -56,14 +63,19 @@ def write_report(report: Report, folder: Path) -> Path:
     >>> report = Report("nothing yet", "detoracle compare", "2026-01-01T00:00:00Z", 1.0, 0, {})
     >>> with tempfile.TemporaryDirectory() as name:
     ...     page = write_report(report, Path(name))
-    ...     sorted(file.name for file in Path(name).iterdir()), read_report(Path(name)) == report
-    (['measurements.csv', 'report.html', 'results.csv', 'results.json'], True)
+    ...     print(*sorted(file.name for file in Path(name).iterdir()))
+    ...     read_report(Path(name)) == report
+    badge.svg junit.xml measurements.csv report.html results.csv results.json summary.md
+    True
     """
     texts = {
         "results.json": _json(to_json(report)),
         "results.csv": csv_of(Row, report.rows),
         "measurements.csv": csv_of(Measurement, report.measurements),
         "report.html": render(report),
+        "junit.xml": junit_of(report),
+        "summary.md": summary_of(report),
+        "badge.svg": badge_of(report),
     }
     with locked(folder):
         for name, text in texts.items():

@@ -147,13 +147,16 @@ def _assigned(maps: list[Tensor], reg_max: int, grid: Grid, truths: Truths, sett
     stride = grid.points()[2]
 
     def boxes(wanted: Tensor) -> Tensor:
-        where = listed(wanted, lengths)
-        image, anchor = flat(where, lengths)
-        sides = batched._decoded(_box_logits(maps, where, channels).mT[None], points[anchor])
-        found = truths.boxes.new_empty(4, *wanted.shape)
-        for side, values in zip(found, sides, strict=True):
-            side[image, anchor] = (values[0] * stride[anchor]).to(found.dtype)
-        return found
+        found = maps[0].new_zeros(4, *wanted.shape)
+        levels = zip(maps, listed(wanted, lengths), torch.split(found, list(lengths), dim=2), strict=True)
+        for level, (image, _, cells), room in levels:
+            per_image = torch.split(cells, image.bincount(minlength=len(level)).tolist())
+            for number, cell in enumerate(per_image):
+                room[:, number, cell] = _distances(level[number, :channels].index_select(1, cell))
+        left, top, right, bottom = found
+        x, y = points.unbind(1)
+        sides = torch.stack([x - left, y - top, x + right, y + bottom])
+        return sides.mul_(stride).to(truths.boxes.dtype)
 
     def scores(image: Tensor, anchor: Tensor, label: Tensor) -> Tensor:
         found = maps[0].new_empty(len(image))
@@ -172,6 +175,15 @@ def _assigned(maps: list[Tensor], reg_max: int, grid: Grid, truths: Truths, sett
     target = truths.boxes[image, ground_truth] / stride[anchor, None]
     label = truths.labels[image, ground_truth].long().clamp(0, num_classes - 1)
     return _Positives(where, points[anchor], target, label, quality[image, anchor], reg_max)
+
+
+def _distances(logits: Tensor) -> Tensor:
+    """Distances (4, N) in cells from box logits (4*R, N)."""
+    bins = len(logits) // 4
+    if bins == 1:
+        return logits
+    probability = logits.unflatten(0, (4, bins)).softmax(1)
+    return probability.mul_(torch.arange(bins, dtype=logits.dtype, device=logits.device)[:, None]).sum(1)
 
 
 def _box_logits(maps: Sequence[Tensor], where: Listed, channels: int) -> Tensor:

@@ -98,7 +98,7 @@ def _several_claim(boxes: Tensor, valid: Tensor, anchors: Tensor) -> bool:
 def _far_below(question: Question) -> bool:
     """Does a row vanish beside the largest logit of the batch?"""
     conf: Tensor = question.arguments["conf"]
-    return bool(((conf.amax(-1) - conf.max()).exp() < torch.finfo(conf.dtype).tiny).any())
+    return not bool(((conf.amax(-1) - conf.max()).exp() >= torch.finfo(conf.dtype).tiny).all())
 
 
 def _no_weight(question: Question) -> bool:
@@ -147,7 +147,7 @@ DEPARTURES: tuple[Departure, ...] = (
         _shared_best_prior,
     ),
     Departure(
-        ("split", "expanded"),
+        ("split", "expanded", "chunked"),
         ("ssd.log_sum_exp", "ssd.hard_negatives", "ssd.loss"),
         "rows far below the largest logit of the whole batch become -inf",
         "ragged-full",

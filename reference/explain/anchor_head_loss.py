@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from detoracle.reference.anchor_head_loss import Batch, Options
 from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.explain.anchor_head import explain_assign
 from detoracle.reference.explain.explanation import Count, Explanation, World, claim_decisions
+from detoracle.reference.explain.mining import MinedWorld
 from detoracle.reference.rounding import Bounded
 
 __all__ = ["explain_loss", "explain_ssd_loss", "loss_given", "ssd_loss_given"]
@@ -195,7 +196,7 @@ def explain_ssd_loss(
             [(cost, background, number)] = rows.candidates(neg_pos_ratio)
             return _mined(matched, cost, background, int(number))  # type: ignore[arg-type]
 
-        images.append(tuple(_MinedWorld.of(world, negatives) for world in worlds))
+        images.append(tuple(MinedWorld.of(world, negatives) for world in worlds))
     return Explanation(tuple(images), matching.quality)
 
 
@@ -276,43 +277,3 @@ def _mined(matched: Tensor, cost: Bounded, background: Tensor, number: int) -> W
     fewest = most - int((possible & ~definite & ~unmatched).sum())
     counts = (Count(BACKGROUND, free, fewest, most, IGNORED),) if len(free) else ()
     return World(outcome, margin, dict.fromkeys(free.tolist(), frozenset([BACKGROUND, IGNORED])), counts)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _MinedWorld(World):
-    """One image's matching and, given who is positive, its hard negatives.
-
-    Attributes
-    ----------
-    matching : World
-    negatives : callable
-        Maps a matching (A,) to the world of its hard negatives.
-    """
-
-    matching: World
-    negatives: Callable[[Tensor], World]
-
-    @classmethod
-    def of(cls, matching: World, negatives: Callable[[Tensor], World]) -> _MinedWorld:
-        """Mine the negatives of a matching."""
-        mined = negatives(matching.gt_index)
-        either = frozenset([BACKGROUND, IGNORED])
-        open_ = {
-            anchor: options | (either if min(options) < 0 else frozenset())
-            for anchor, options in matching.choices.items()
-        }
-        margin = torch.minimum(matching.margin, mined.margin)
-        return cls(mined.gt_index, margin, {**mined.choices, **open_}, matching=matching, negatives=negatives)
-
-    def wrong(self, gt_index: Tensor) -> Tensor:
-        matched = self._matched(gt_index)
-        return self.matching.wrong(matched) | self.negatives(matched).wrong(gt_index)
-
-    def _matched(self, gt_index: Tensor) -> Tensor:
-        """The matching behind an outcome; whether an anchor that is no positive is background is the float64 one's."""
-        likely = torch.where(self.matching.gt_index >= 0, BACKGROUND, self.matching.gt_index)
-        return torch.where(gt_index >= 0, gt_index, likely)
-
-    def outcomes(self) -> Iterator[Tensor]:
-        for matched in self.matching.outcomes():
-            yield from self.negatives(matched).outcomes()

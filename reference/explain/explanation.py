@@ -104,6 +104,23 @@ class World:
             if not self.wrong(outcome).any():
                 yield outcome
 
+    def options(self, gt_index: Tensor) -> Mapping[int, frozenset[int]]:
+        """Outcomes that open anchors have in right assignments near a given one (A,)."""
+        return self.choices
+
+    def nearest(self, gt_index: Tensor, evidence: Tensor) -> Tensor:
+        """Change the outcomes (A,) that joint constraints rule out, those with the least `evidence` (A,) first."""
+        found = gt_index.clone()
+        for count in self.counts:
+            taken = found[count.anchors] == count.gt
+            excess = int(taken.sum()) - min(max(int(taken.sum()), count.low), count.high)
+            wrong, instead = (
+                (taken, count.otherwise) if excess > 0 else (found[count.anchors] == count.otherwise, count.gt)
+            )
+            candidates = count.anchors[wrong]
+            found[candidates[evidence[candidates].argsort()[: abs(excess)]]] = instead
+        return found
+
     def _options(self, anchor: int) -> Iterator[Tensor]:
         first = self.gt_index[anchor]
         yield first
@@ -183,6 +200,31 @@ class Explanation:
         for image, worlds in enumerate(self.worlds):
             verdicts = [world.wrong(gt_index[image]) for world in worlds]
             images.append(min(verdicts, key=lambda v: int(v.sum())))
+        return torch.stack(images)
+
+    def options(self, gt_index: Tensor) -> Tensor:
+        """Other outcomes of open anchors (K, B, A), near a given assignment (B, A); no change where there are fewer."""
+        changes: list[Tensor] = []
+        for image, worlds in enumerate(self.worlds):
+            merged: dict[int, set[int]] = {}
+            for world in worlds:
+                for anchor, outcomes in world.options(gt_index[image]).items():
+                    merged.setdefault(anchor, set()).update(outcomes)
+            for anchor in _open_anchors(worlds).nonzero().flatten().tolist():
+                merged.setdefault(anchor, set()).update(int(world.gt_index[anchor]) for world in worlds)
+            for anchor, others in merged.items():
+                for number, outcome in enumerate(sorted(others - {int(gt_index[image, anchor])})):
+                    if number == len(changes):
+                        changes.append(gt_index.clone())
+                    changes[number][image, anchor] = outcome
+        return torch.stack(changes) if changes else gt_index[None][:0]
+
+    def nearest(self, gt_index: Tensor, evidence: Tensor) -> Tensor:
+        """Change what joint constraints rule out in an assignment (B, A), where `evidence` (B, A) is least."""
+        images = []
+        for worlds, outcome, known in zip(self.worlds, gt_index, evidence, strict=True):
+            repaired = [world.nearest(outcome, known) for world in worlds]
+            images.append(min(repaired, key=lambda other: float(known[other != outcome].sum())))
         return torch.stack(images)
 
     def alternatives(self, limit: int) -> Iterator[Tensor]:

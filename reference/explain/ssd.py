@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from detoracle.reference import ssd
-from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.explain.explanation import Explanation, World
-from detoracle.reference.explain.ssd_boxes import explain_decode, explain_encode, with_rounding
+from detoracle.reference.explain.mining import MinedWorld
+from detoracle.reference.explain.ssd_boxes import explain_decode, explain_encode
 from detoracle.reference.explain.ssd_matching import explain_match
 from detoracle.reference.explain.ssd_mining import Ranking, explain_hard_negatives, explain_log_sum_exp
 from detoracle.reference.rounding import Bounded, Precision
@@ -48,29 +47,6 @@ def explain_priors(*, dtype: torch.dtype = torch.float32, **settings: Any) -> Bo
     exact = ssd.priors(**{**settings, "like": torch.zeros((), dtype=torch.float64)})
     precision = Precision.of(dtype)
     return Bounded(exact, _PRIOR_ROUNDINGS * precision.unit * exact, precision)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Mined(World):
-    """One image's matching and, given who is positive, its hard negatives.
-
-    Attributes
-    ----------
-    matching : World
-    negatives : callable
-        Maps a matching (P,) to the world of its hard negatives.
-    """
-
-    matching: World
-    negatives: Callable[[Tensor], World]
-
-    def wrong(self, gt_index: Tensor) -> Tensor:
-        matched = gt_index.clamp(min=BACKGROUND)
-        return self.matching.wrong(matched) | self.negatives(matched).wrong(gt_index)
-
-    def outcomes(self) -> Iterator[Tensor]:
-        for matched in self.matching.outcomes():
-            yield from self.negatives(matched).outcomes()
 
 
 def explain_loss(
@@ -117,11 +93,7 @@ def explain_loss(
         def negatives(row: Tensor, image: int = image) -> World:
             return ranking.negatives(image, row, neg_pos)
 
-        mined = negatives(world.gt_index)
-        choices = {p: options | {IGNORED} if BACKGROUND in options else options for p, options in world.choices.items()}
-        margin = torch.minimum(world.margin, mined.margin)
-        joint = {**mined.choices, **choices}
-        worlds.append((_Mined(mined.gt_index, margin, joint, matching=world, negatives=negatives),))
+        worlds.append((MinedWorld.of(world, negatives),))
     return Explanation(tuple(worlds), matching.quality)
 
 
@@ -166,7 +138,6 @@ def loss_given(
     def bounded(tensor: Tensor) -> Any:
         return Bounded.exact(tensor, dtype) if dtype else tensor
 
-    scale: Any = with_rounding(variances, dtype) if dtype else variances
     return ssd._loss(  # type: ignore[return-value]
-        bounded(loc), bounded(conf), bounded(priors), bounded(gt_boxes), gt_labels, gt_index, scale
+        bounded(loc), bounded(conf), bounded(priors), bounded(gt_boxes), gt_labels, gt_index, variances
     )

@@ -1,32 +1,16 @@
-"""Rounding of SSD's box coding, whose scales 0.1 and 0.2 no floating dtype holds."""
+"""Rounding of SSD's box coding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from detoracle.reference.rounding import Bounded, Precision
+from detoracle.reference.rounding import Bounded
 from detoracle.reference.ssd_boxes import VARIANCES, _decode, _encode
 
-__all__ = ["explain_decode", "explain_encode", "with_rounding"]
-
-
-def with_rounding(constants: Sequence[float], dtype: torch.dtype) -> list[Any]:
-    """Constants that a dtype may not hold: a result is not exact only because a rounded constant happens to give it.
-
-    Examples
-    --------
-    >>> prior = Bounded.exact(torch.tensor(0.15625), torch.float32)
-    >>> [tenth] = with_rounding([0.1], torch.float32)
-    >>> (0.1 * prior).error.item(), (tenth * prior).error.item() > 0  # 0.015625 in both, by luck
-    (0.0, True)
-    """
-    precision = Precision.of(dtype)
-    exact = [torch.tensor(constant, dtype=torch.float64) for constant in constants]
-    return [Bounded(value, precision.unit * value.abs(), precision) for value in exact]
+__all__ = ["explain_decode", "explain_encode"]
 
 
 def explain_encode(
@@ -46,7 +30,7 @@ def explain_encode(
     True
     """
     targets, places = Bounded.exact(gt_boxes, dtype), Bounded.exact(priors, dtype)
-    return _encode(targets, places, with_rounding(variances, dtype))  # type: ignore[return-value]
+    return _encode(targets, places, variances)  # type: ignore[return-value]
 
 
 def explain_decode(
@@ -66,4 +50,4 @@ def explain_decode(
     True
     """
     offsets, places = Bounded.exact(loc, dtype), Bounded.exact(priors, dtype)
-    return _decode(offsets, places, with_rounding(variances, dtype))  # type: ignore[return-value]
+    return _decode(offsets, places, variances)  # type: ignore[return-value]

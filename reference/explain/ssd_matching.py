@@ -14,7 +14,6 @@ from torch import Tensor
 from detoracle.reference import ssd
 from detoracle.reference.assignment import BACKGROUND
 from detoracle.reference.explain.explanation import Explanation, World
-from detoracle.reference.explain.ssd_boxes import with_rounding
 from detoracle.reference.rounding import Bounded
 from detoracle.reference.ssd_boxes import VARIANCES, _encode
 
@@ -63,7 +62,7 @@ def explain_match(
     return Explanation(
         tuple(worlds),
         lambda gt_index: _quality(stacked, gt_index),
-        lambda gt_index: _targets(gt_index, exact_priors, exact_boxes, gt_labels, with_rounding(variances, dtype)),
+        lambda gt_index: _targets(gt_index, exact_priors, exact_boxes, gt_labels, variances),
     )
 
 

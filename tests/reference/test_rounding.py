@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from detoracle.reference import rounding
 from detoracle.reference.rounding import Bounded, Decision, Precision, known, known_range, log_at_least, value_of
+from detoracle.reference.rounding_rules import RULES
 
 UNIT = torch.finfo(torch.float32).eps / 2
 floats = st.floats(-1e4, 1e4, width=32)
@@ -141,7 +141,7 @@ PLAIN: dict[str, Callable[[Any], Any]] = {
 
 def test_every_rule_is_tested() -> None:
     tested = ARITHMETIC.keys() | COMPARISONS.keys() | LOGIC.keys() | STRUCTURE.keys() | PLAIN.keys()
-    assert tested == rounding._RULES.keys()
+    assert tested == RULES.keys()
 
 
 @pytest.mark.parametrize("rule", ARITHMETIC)
@@ -300,11 +300,58 @@ def test_clamped_logarithms_hold(p: float) -> None:
         assert all(held(torch.log1p(-e).clamp(min=-100), log_at_least(-bounded, -100.0, torch.log1p)) for e in ends)
 
 
-def test_nan_is_certain_of_zero_by_zero_and_unknown_otherwise() -> None:
-    zero = exact(torch.zeros(1))
-    assert (zero / zero).value.isnan().item()
-    assert (zero / zero).error.item() == 0
-    assert (exact(torch.tensor([math.inf])) * 0 + zero).error.item() == math.inf
+CARRIED = Bounded(torch.tensor([3.0]).double(), torch.tensor([0.5]).double(), Precision.of(torch.float32))
+NAN, INFINITE, ZERO = (torch.tensor([x]) for x in (math.nan, math.inf, 0.0))
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda x: x(ZERO) / x(ZERO),
+        lambda x: x(INFINITE) * 0 + x(ZERO),
+        lambda x: x(INFINITE) - x(INFINITE),
+        lambda x: x(NAN) + CARRIED,
+        lambda x: CARRIED * x(NAN),
+        lambda x: CARRIED / x(NAN),
+        lambda x: x(NAN).exp().sqrt().clamp(min=0.1),
+        lambda x: torch.maximum(x(NAN), CARRIED),
+        lambda x: torch.cat([x(NAN), CARRIED]).sum(0),
+        lambda x: torch.cat([x(NAN), CARRIED]).amax(0),
+        lambda x: torch.softmax(torch.cat([x(INFINITE), CARRIED]), 0)[0],
+    ],
+)
+def test_a_nan_of_what_is_known_is_certain(formula: Callable[..., Any]) -> None:
+    found = formula(exact)
+    assert found.value.isnan().all()
+    assert not found.error.any()
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda x: (CARRIED - 3) / x(ZERO),
+        lambda x: (CARRIED - 3) * x(INFINITE),
+        lambda x: x(ZERO) * Bounded(INFINITE.double(), INFINITE.double(), CARRIED.precision),
+        lambda x: torch.sqrt(CARRIED - 3.25),
+        lambda x: torch.cat([x(ZERO), CARRIED - 3.25]).sqrt().sum(0),
+    ],
+)
+def test_a_nan_of_what_carries_an_error_is_unknown(formula: Callable[..., Any]) -> None:
+    found = formula(exact)
+    assert found.value.isnan().all()
+    assert found.error.isinf().all()
+    assert (found > 1).ambiguous.all()
+
+
+def test_numbers_that_the_precision_does_not_hold_carry_a_rounding() -> None:
+    x = exact(torch.tensor(0.15625))
+    assert (0.1 * x).error > 0  # 0.015625 in float64, by luck
+    assert [(number * x).error.item() for number in (0.5, 3, 0.25)] == [0, 0, 0]
+    nearest = torch.tensor([0.1])
+    assert (exact(nearest) > 0.1).ambiguous.all()  # it is 0.1 in float32, and more in float64
+    assert not (exact(nearest) > 0.5).ambiguous.any()
+    assert not (exact(torch.tensor([64.0])) + 1e-16).error.any()  # lost, so that nothing is rounded
+    assert held(torch.tensor([3.0]) / 0.3, exact(torch.tensor([3.0])) / 0.3)
 
 
 def test_an_ambiguous_choice_covers_both_branches() -> None:

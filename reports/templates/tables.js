@@ -6,12 +6,12 @@
   for (const form of document.querySelectorAll("form.filter")) {
     const target = document.getElementById(form.dataset.target);
     const items = [...target.querySelectorAll("[data-status]")];
-    const texts = items.map((item) => (item.dataset.text ?? item.querySelector(".said").textContent).toLowerCase());
+    const texts = items.map((item) => (item.dataset.text ?? (item.querySelector(".said") ?? item).textContent).toLowerCase());
     const [text, status] = form.querySelectorAll("input, select");
     const apply = () => {
       let shown = 0;
       items.forEach((item, number) => {
-        const wanted = !status.value || item.dataset.status.split(" ").includes(status.value);
+        const wanted = !status?.value || item.dataset.status.split(" ").includes(status.value);
         item.hidden = !(wanted && texts[number].includes(text.value.trim().toLowerCase()));
         shown += item.hidden ? 0 : 1;
       });
