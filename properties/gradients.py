@@ -1,8 +1,9 @@
 """What a right gradient is: the oracle's in float64, and how far rounding may take it from there.
 
 The bound is measured, not guessed: by the error that the plain oracle makes in the dtype under test, and by how much
-the float64 gradient moves when every input moves by one rounding. Both are taken at their largest over an anchor's
-channels. A random move may by luck have little effect, so a gradient that is out of bounds is judged by more of them.
+the float64 gradient moves when every input, and the result of every operation, moves by one rounding. Both are taken
+at their largest over an anchor's channels. A random move may by luck have little effect, so a gradient that is out of
+bounds is judged by more of them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from detoracle.properties.bounds import gradient_bound, outside
 from detoracle.properties.outputs import perform
+from detoracle.properties.shaken import Shaken
 from detoracle.reference.contract import Operation
 
 __all__ = ["RightGradient", "in_float64", "right_gradients", "tensors_of"]
 
-_DRAWS = 2  # times the inputs are moved at first ...
+_DRAWS = 2  # times that all numbers are moved at first ...
 _MOST_DRAWS = 16  # ... and at most, before a gradient is wrong
 _CLEARLY_WRONG = 16.0  # times the bound, from where no more draws are asked for
 
@@ -36,7 +38,7 @@ class RightGradient:
     judged : Tensor bool
         False where the plain oracle overflows or is NaN: a finite gradient is no worse there.
     more : iterator of Tensor float64
-        Bounds by more moves of the inputs.
+        Bounds by more moves.
     """
 
     exact: Tensor
@@ -95,9 +97,11 @@ def right_gradients(
     moves: list[Mapping[str, Tensor | None]] = []
 
     def move(number: int) -> Mapping[str, Tensor | None]:
-        """Gradients to all inputs when they have moved; none where the oracle raises there."""
+        """Gradients to all inputs when they and all results have moved; none where the oracle raises there."""
         while len(moves) <= number:
-            moves.append(perform(operation, call, _moved(double, dtype, len(moves))).gradients)
+            moved = _moved(double, dtype, len(moves))
+            with Shaken(dtype, len(moves)):
+                moves.append(perform(operation, call, moved).gradients)
         return moves[number]
 
     found = {}
@@ -116,7 +120,7 @@ def right_gradients(
 def _moved_bounds(
     name: str, exact: Tensor, move: Callable[[int], Mapping[str, Tensor | None]], dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """Bounds on a gradient by what it becomes when all inputs move."""
+    """Bounds on a gradient by what it becomes when all numbers move."""
     for number in range(_MOST_DRAWS):
         nearby = move(number).get(name)
         yield gradient_bound(exact, exact if nearby is None else nearby, row=_row(exact), dtype=dtype).expand_as(exact)

@@ -484,5 +484,5 @@ def ssd_loss(
     mined = background & (rank < number[:, None])
     classification = torch.where(has_class | mined, costs, 0.0).sum(1) / divisor
     distance = terms.smooth_l1_loss(predicted, box_targets, box_weights, beta=beta, reduction="none")
-    box = distance.sum((1, 2)) / (divisor + 2.0**-23)
+    box = distance.sum((1, 2)) / (divisor.to(torch.promote_types(distance.dtype, torch.float32)) + 2.0**-23)
     return {"total": classification.sum() + box.sum(), "classification": classification, "box": box}

@@ -212,10 +212,8 @@ def ssd_loss(
         class_sum = cost[positive].sum() + cost[mined].sum()
         classification.append(class_sum / num_positives)
 
-        distance = smooth_l1_loss(
-            predicted[image], box_targets[image], box_weights[image], beta=beta, reduction="none"
-        )
-        box.append(distance.sum() / (num_positives + _EPS))
+        distance = smooth_l1_loss(predicted[image], box_targets[image], box_weights[image], beta=beta, reduction="none")
+        box.append(distance.sum() / (int(num_positives) + _EPS))
 
     class_losses = torch.stack(classification)
     box_losses = torch.stack(box)

@@ -80,7 +80,9 @@ def match(predictions: Predictions, grid: Grid, truths: Truths, settings: Settin
     place = of_image * anchors + anchor
     boxes = predictions.boxes(grid.covered(in_columns, in_rows)).flatten(1)
     target = truths.boxes[image, column].mT.contiguous()
-    predicted, wanted = (batched._sides([side.index_select(0, i) for side in all_]) for all_, i in ((boxes, place), (target, row)))
+    predicted, wanted = (
+        batched._sides([side.index_select(0, i) for side in all_]) for all_, i in ((boxes, place), (target, row))
+    )
     overlap = batched._iou(wanted, predicted).clamp_(min=0)
     label = truths.labels[image, column].long().remainder(predictions.num_classes)
     score = predictions.scores(of_image, anchor, label.index_select(0, row))
