@@ -5,6 +5,7 @@ The list is the adopter's own TOML file::
     [[known-failure]]
     clause = "yolox.assign[outcome]"
     scene = "identical*"            # optional shell pattern; default "*"
+    setting = "official"            # likewise; the part of a case's name in brackets
     reason = "ties are broken by score on purpose"
     link = "our-tracker/17"
     expires = 2027-01-31
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import datetime
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,8 +33,8 @@ class KnownFailure:
 
     Attributes
     ----------
-    clause, scene : str
-        What fails where; the scene is a shell pattern.
+    clause, scene, setting : str
+        What fails where; scene and setting are shell patterns.
     reason, link : str
     expires : datetime.date
         Last day on which the failure is accepted.
@@ -43,10 +45,12 @@ class KnownFailure:
     link: str
     expires: datetime.date
     scene: str = "*"
+    setting: str = "*"
 
-    def covers(self, clause: str, scene: str) -> bool:
+    def covers(self, clause: str, scene: str, setting: str = "") -> bool:
         """Is this failure the one meant?"""
-        return clause == self.clause and fnmatchcase(scene, self.scene)
+        where = fnmatchcase(scene, self.scene) and fnmatchcase(setting, self.setting)
+        return clause == self.clause and where
 
 
 def read_known_failures(path: Path) -> tuple[KnownFailure, ...]:
@@ -71,11 +75,11 @@ def read_known_failures(path: Path) -> tuple[KnownFailure, ...]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             path.name,
-            expected="TOML with [[known-failure]] entries of clause, reason, link, expires and maybe scene",
+            expected="TOML with [[known-failure]] entries of clause, reason, link, expires and maybe scene, setting",
             got=f"{type(error).__name__}: {error}",
         ) from error
     for entry in entries:
-        for name in ("clause", "scene", "reason", "link"):
+        for name in ("clause", "scene", "setting", "reason", "link"):
             if not isinstance(getattr(entry, name), str) or not getattr(entry, name).strip():
                 raise InputError(path.name, expected=f"a text as '{name}'", got=repr(getattr(entry, name)))
         if type(entry.expires) is not datetime.date:  # TOML has times too, which are dates to isinstance
@@ -83,14 +87,16 @@ def read_known_failures(path: Path) -> tuple[KnownFailure, ...]:
     return entries
 
 
-def problems(entries: tuple[KnownFailure, ...], failures: list[tuple[str, str]], today: datetime.date) -> list[str]:
+def problems(
+    entries: tuple[KnownFailure, ...], failures: Sequence[tuple[str, str] | tuple[str, str, str]], today: datetime.date
+) -> list[str]:
     """Say which entries are out of date or match nothing.
 
     Parameters
     ----------
     entries : tuple of KnownFailure
-    failures : list of (str, str)
-        Clause and scene of everything that failed.
+    failures : sequence of (str, str) or (str, str, str)
+        Clause and scene of everything that failed, and the setting where there are any.
     today : datetime.date
 
     Returns
@@ -105,9 +111,10 @@ def problems(entries: tuple[KnownFailure, ...], failures: list[tuple[str, str]],
     """
     found = []
     for entry in entries:
-        name = f"known failure '{entry.clause}' on '{entry.scene}'"
+        setting = f" ({entry.setting})" if entry.setting != "*" else ""
+        name = f"known failure '{entry.clause}' on '{entry.scene}'{setting}"
         if today > entry.expires:
             found.append(f"{name} expired on {entry.expires}: {entry.reason} ({entry.link})")
-        if not any(entry.covers(clause, scene) for clause, scene in failures):
+        if not any(entry.covers(*failure) for failure in failures):
             found.append(f"{name} matches no failure: remove it")
     return found

@@ -83,7 +83,7 @@ def test_assigns_as_the_oracle_does(style: str) -> None:
     elif style == "far":
         given["boxes"] = given["boxes"] + 300 * (torch.arange(len(given["anchor_points"])) % 3 > 0)[:, None]
     elif style == "spoilt":
-        given["boxes"][0, 700:900] = torch.nan
+        given["boxes"][0, 200:1200:200] = torch.nan
     found, want = sparse.assign(**given), oracle.assign(**given)
     same = found.gt_index == want.gt_index
     assert bool(same.all()) if style != "tied" else float(same.float().mean()) > 0.9
@@ -120,10 +120,15 @@ def test_a_second_backward_pass_gives_the_same_gradients() -> None:
     leaves = [level.requires_grad_() for level in given["raw"]]
     total = sparse.loss(**given)["total"]
     first = torch.autograd.grad(total, leaves, retain_graph=True)
-    again = torch.autograd.grad(total, leaves, create_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(total, leaves), strict=True))
+
+
+def test_the_gradient_cannot_be_differentiated() -> None:
+    given = native(EDGE["ragged-full"])
+    leaves, weight = [level.requires_grad_() for level in given["raw"]], torch.ones((), requires_grad=True)
+    gradients = torch.autograd.grad(sparse.loss(**given)["total"] * weight, leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        again[0].sum().backward()
+        gradients[0].sum().backward()
 
 
 def test_gradients_are_scaled() -> None:
@@ -142,8 +147,8 @@ def test_parts_train_nothing() -> None:
 def test_maps_of_channels_last_are_taken() -> None:
     given = native(EDGE["ragged-full"])
     other = {**given, "raw": [level.contiguous(memory_format=torch.channels_last) for level in given["raw"]]}
-    assert torch.equal(sparse.loss(**given)["total"], sparse.loss(**other)["total"])
-    assert all(torch.equal(a, b) for a, b in zip(*(gradients_of(sparse.loss, g) for g in (given, other)), strict=True))
+    torch.testing.assert_close(sparse.loss(**given), sparse.loss(**other))
+    torch.testing.assert_close(*(gradients_of(sparse.loss, g) for g in (given, other)))
 
 
 def test_half_precision_maps_go_with_single_precision_boxes() -> None:

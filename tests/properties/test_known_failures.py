@@ -19,10 +19,10 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_entries_are_read(tmp_path: Path) -> None:
-    found = read_known_failures(write(tmp_path, ENTRY + ENTRY.replace("a[b]", "c") + 'scene = "crowd-*"\n'))
+    found = read_known_failures(write(tmp_path, ENTRY + ENTRY.replace("a[b]", "c") + 'scene = "crowd-*"\nsetting = "top ?"\n'))
     assert found == (
         KnownFailure("a[b]", "because", "ours/1", DAY),
-        KnownFailure("c", "because", "ours/1", DAY, "crowd-*"),
+        KnownFailure("c", "because", "ours/1", DAY, "crowd-*", "top ?"),
     )
 
 
@@ -38,6 +38,8 @@ def test_entries_are_read(tmp_path: Path) -> None:
         ('"because"', "3"),
         ('"because"', '"  "'),
         ('"a[b]"', '""'),
+        ("reason", "setting = 3\nreason"),
+        ("reason", 'setting = ""\nreason'),
         ("clause", "claus"),
         ("[[known-failure]]", "[known-failure]"),
         ("[[known-failure]]", "[[known_failure]]"),
@@ -67,6 +69,22 @@ def test_a_scene_is_a_pattern_and_a_clause_is_not() -> None:
     assert not entry.covers("a[b]", "Crowd-150")
     assert not entry.covers("ab", "crowd-150")
     assert not entry.covers("a[b]", "a crowd-150")
+
+
+def test_a_setting_is_a_pattern_and_needs_the_scene_too() -> None:
+    entry = KnownFailure("a[b]", "r", "l", DAY, "crowd-*", "offic*")
+    assert entry.covers("a[b]", "crowd-150", "official")
+    assert not entry.covers("a[b]", "crowd-150", "tutorial")
+    assert not entry.covers("a[b]", "crowd-150")
+    assert not entry.covers("a[b]", "ragged", "official")
+    assert KnownFailure("a[b]", "r", "l", DAY).covers("a[b]", "crowd-150", "tutorial")
+
+
+def test_a_setting_that_never_fails_is_named() -> None:
+    entry = KnownFailure("a[b]", "because", "ours/1", DAY, setting="official")
+    assert problems((entry,), [("a[b]", "any", "official")], DAY) == []
+    found = problems((entry,), [("a[b]", "any", "tutorial")], DAY)
+    assert found == ["known failure 'a[b]' on '*' (official) matches no failure: remove it"]
 
 
 @pytest.mark.parametrize(("today", "expired"), [(DAY, False), (DAY + datetime.timedelta(1), True)])
