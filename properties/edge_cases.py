@@ -306,6 +306,12 @@ def _exact() -> Iterator[Scene]:
         tags="perfect",
         predictor=Predictor("perfect", matches=3),
     )
+    near = 28 + 2.0**-15
+    yield _scene(
+        "nearly-equal",
+        "Midway between two centres but for less than 1e-4 pixels: overlaps differ by 5e-6, far more than they err.",
+        [(near - 8, 16, near + 8, 32, 0)],
+    )
     yield _scene(
         "no-overlap",
         "Specks only: with every overlap zero, only the rule for ties decides.",

@@ -114,7 +114,8 @@ def sit_operation(faults: Sequence[Fault], sitting: Mapping[int, Sequence[Fault]
         yield from kills.values()
         left[seed] = [fault for fault in mine if fault not in kills]
     slow = {fault: call for fault, call in built.items() if any(fault in remaining for remaining in left.values())}
-    late = {kill.fault: kill for kill in _sit(slow, edge_cases(), 0, examples)}
+    catalogue = sorted(edge_cases(), key=lambda scene: scene.max_gts)  # crowds, which take longest, last
+    late = {kill.fault: kill for kill in _sit(slow, catalogue, 0, examples)}
     for seed, remaining in left.items():
         for fault in remaining:
             kill = late.get(fault)
