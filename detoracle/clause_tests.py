@@ -86,11 +86,11 @@ def judge_clause(item: pytest.Item, clause: str, implementation: Callable[..., A
     item.user_properties.append(("detoracle_judged", battery.judged[clause]))
     failures = battery.failures.get(clause, [])
     entries = [entry for entry in known_failures(_option(item, "known_failures")) if entry.clause == clause]
-    unknown = [f for f in failures if not any(entry.covers(clause, f.case.scene.name) for entry in entries)]
+    where = [(clause, failure.case.scene.name, failure.case.setting) for failure in failures]
+    unknown = [f for f, place in zip(failures, where, strict=True) if not any(e.covers(*place) for e in entries)]
     if unknown:
         pytest.fail(_handed_over(item, clause, battery, unknown, target or _target_of(implementation)), pytrace=False)
-    found = [(clause, failure.case.scene.name) for failure in failures]
-    if stale := problems(tuple(entries), found, datetime.datetime.now(datetime.UTC).date()):
+    if stale := problems(tuple(entries), where, datetime.datetime.now(datetime.UTC).date()):
         pytest.fail("\n".join(stale), pytrace=False)
     if failures:
         pytest.xfail("; ".join(f"{entry.reason} ({entry.link})" for entry in entries))

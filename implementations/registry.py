@@ -18,12 +18,23 @@ from typing import Any, TypeVar
 
 from detoracle.reference.errors import InputError
 
-__all__ = ["BUILT_IN", "ENTRY_POINTS", "Implementation", "discover", "implements", "load", "marked_in"]
+__all__ = [
+    "BUILT_IN",
+    "ENTRY_POINTS",
+    "Implementation",
+    "discover",
+    "implements",
+    "load",
+    "marked_in",
+    "preferred",
+    "unavailable",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENTRY_POINTS = "detoracle.implementations"
-BUILT_IN = ("batched", "loop", "sparse")
+BUILT_IN = ("batched", "loop", "sparse", "triton")
+_FASTEST = {"cpu": ("sparse", "batched"), "cuda": ("triton", "batched")}
 
 
 @dataclass(frozen=True)
@@ -127,13 +138,73 @@ def marked_in(module: ModuleType) -> tuple[Implementation, ...]:
     )
 
 
-def discover(pyproject: Path | None = None) -> tuple[Implementation, ...]:
+def unavailable(device: str = "cpu") -> dict[str, str]:
+    """Kinds of ours that cannot run on a device here, and why; their modules are not imported.
+
+    Parameters
+    ----------
+    device : str
+        Such as ``cuda``.
+
+    Returns
+    -------
+    dict of str to str
+        Reason by kind.
+
+    Examples
+    --------
+    >>> unavailable("cpu")
+    {'triton': 'needs a GPU'}
+    """
+    reasons = {kind: _reason(_import(f"detoracle.implementations.{kind}"), device) for kind in BUILT_IN}
+    return {kind: reason for kind, reason in reasons.items() if reason}
+
+
+def _reason(package: ModuleType, device: str) -> str:
+    """What a kind says in its function `unavailable`, if it has one."""
+    return str(package.unavailable(device)) if hasattr(package, "unavailable") else ""
+
+
+def preferred(operation: str, *, device: str) -> Implementation:
+    """The implementation of ours that is meant for a device, or the next best that can run there.
+
+    Parameters
+    ----------
+    operation : str
+        Such as ``yolox.loss``.
+    device : str
+        ``cpu`` or ``cuda``, whose kernels give way to plain PyTorch where Triton is missing.
+
+    Returns
+    -------
+    Implementation
+
+    Raises
+    ------
+    InputError
+        If there is none.
+
+    Examples
+    --------
+    >>> preferred("yolox.loss", device="cpu").name, preferred("yolox.decode", device="cpu").name
+    ('sparse', 'batched')
+    """
+    found = {one.name: one for one in discover(device=device) if one.operation == operation}
+    for name in _FASTEST[device]:
+        if name in found:
+            return found[name]
+    raise InputError("operation", expected="one that is implemented", got=repr(operation), fix="See 'detoracle list'.")
+
+
+def discover(pyproject: Path | None = None, *, device: str = "cpu") -> tuple[Implementation, ...]:
     """All implementations: ours, those of installed entry points, and those a pyproject.toml names.
 
     Parameters
     ----------
     pyproject : Path, optional
         Its ``[tool.detoracle] implementations`` lists modules whose marked functions count.
+    device : str
+        Ours that cannot run there are left out; see `unavailable`.
 
     Returns
     -------
@@ -149,9 +220,10 @@ def discover(pyproject: Path | None = None) -> tuple[Implementation, ...]:
     >>> "batched" in {one.name for one in discover() if one.operation == "yolox.assign"}
     True
     """
+    missing = unavailable(device)
     modules = [
         f"{package.__name__}.{module.name}"
-        for package in (_import(f"detoracle.implementations.{kind}") for kind in BUILT_IN)
+        for package in (_import(f"detoracle.implementations.{kind}") for kind in BUILT_IN if kind not in missing)
         for module in pkgutil.iter_modules(package.__path__)
     ]
     modules += [point.value for point in importlib.metadata.entry_points(group=ENTRY_POINTS)]

@@ -12,11 +12,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from detoracle.properties.examination import examine, scenes_of_examination
 from detoracle.properties.known_failures import KnownFailure, problems
@@ -26,7 +24,8 @@ from detoracle.properties.trials import Subject
 from detoracle.reference.errors import InputError
 from detoracle.reports.environment import environment, source_hash
 from detoracle.reports.evidence import ClauseEvidence, Evidence, WatchedWorker
-from detoracle.reports.text import short, visible
+from detoracle.reports.layout import laid_out
+from detoracle.reports.plain import from_plain, to_plain
 
 __all__ = ["FORMAT", "Asked", "Certificate", "certify", "differences", "from_json", "page_of", "source_of", "to_json"]
 
@@ -140,7 +139,8 @@ def certify(
     before = source_of(asked.implementation), source_hash()
     evidence = Evidence(system, operation, asked.device, asked.known_failures)
     scenes = scenes_of_examination(asked.examples, asked.seed)
-    with WatchedWorker(time_limit=_TIME_LIMIT) as worker:
+    worker = WatchedWorker(time_limit=_TIME_LIMIT)
+    with worker:
         worker.require(asked.implementation)
         subject = Subject(system, operation, asked.implementation, worker, _TIME_LIMIT)
         for result in examine(subject, track(scenes), seed=asked.seed, device=asked.device):
@@ -178,8 +178,7 @@ def _shortfalls(evidence: Evidence, today: datetime.date) -> list[str]:
         found.append(f"{first.clause} fails on {result.case.name}: {first.where} {first.message}")
     never = [clause.id for clause in evidence.clauses() if clause.verdict == "never judged"]
     found += [f"{clause} was never judged: more --examples may do it" for clause in never]
-    failures = [(result.clause, result.case.scene.name) for result in evidence.wrong]
-    return found + problems(tuple(evidence.entries), failures, today)
+    return found + problems(evidence.entries, evidence.failures(), today)
 
 
 def source_of(target: str) -> str:
@@ -223,7 +222,7 @@ def source_of(target: str) -> str:
 # ------------------------------------------------------------------------------------------------------- as a document
 def to_json(certificate: Certificate) -> str:
     """The certificate as a document, of the same bytes whenever it is the same."""
-    body = {"format": FORMAT, **asdict(certificate), "ambiguity_share": certificate.ambiguity_share}
+    body = {"format": FORMAT, **to_plain(certificate), "ambiguity_share": certificate.ambiguity_share}
     return json.dumps(body, indent=1, sort_keys=True, default=str) + "\n"
 
 
@@ -245,19 +244,9 @@ def from_json(text: str) -> Certificate:
         body: dict[str, Any] = json.loads(text)
         if body.get("format") != FORMAT:
             raise ValueError(repr(body.get("format")))
-        asked = body["asked"]
-        known = (
-            {**entry, "expires": datetime.date.fromisoformat(entry["expires"])} for entry in asked["known_failures"]
-        )
-        read = {field.name: body[field.name] for field in fields(Certificate)}
-        return Certificate(
-            **{
-                **read,
-                "asked": Asked(**{**asked, "known_failures": tuple(KnownFailure(**entry) for entry in known)}),
-                "clauses": tuple(ClauseEvidence(**clause) for clause in body["clauses"]),
-                "compile_modes": tuple(body["compile_modes"]),
-            }
-        )
+        for entry in body["asked"]["known_failures"]:
+            entry["expires"] = datetime.date.fromisoformat(entry["expires"])
+        return from_plain(Certificate, body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError("certificate", expected=FORMAT, got=f"{type(error).__name__}: {error}") from error
 
@@ -293,9 +282,6 @@ def _brief(clause: ClauseEvidence | None) -> str:
 
 def page_of(certificate: Certificate) -> str:
     """The certificate as one HTML page that opens from disk, without a network."""
-    loader = PackageLoader("detoracle.reports")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"short": short, "visible": visible}
-    return environment.get_template("certificate.html.jinja").render(certificate=certificate, asked=certificate.asked)
+    asked = certificate.asked
+    title = f"{asked.operation} by {asked.implementation}"
+    return laid_out("certificate", "tables", {}, title=title, certificate=certificate, asked=asked)

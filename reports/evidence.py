@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from detoracle.properties.checking import Result
 from detoracle.properties.clauses import Clause, clauses_of
@@ -29,7 +29,8 @@ class ClauseEvidence:
     Attributes
     ----------
     id, statement : str
-    verdict : {"passed", "expected to fail", "skipped", "failed", "never judged"}
+    verdict : str
+        passed, expected to fail, skipped, failed, never judged.
     judged, failures : int
         How often it was judged, and how often it failed.
     reason : str
@@ -38,7 +39,7 @@ class ClauseEvidence:
 
     id: str
     statement: str
-    verdict: Literal["passed", "expected to fail", "skipped", "failed", "never judged"]
+    verdict: str
     judged: int = 0
     failures: int = 0
     reason: str = ""
@@ -67,7 +68,7 @@ class Evidence:
     operation : Operation
     device : str
         Where the tensors were put.
-    entries : sequence of KnownFailure
+    entries : tuple of KnownFailure
         Failures to expect.
     cases : int
         Calls judged for themselves: neither laws nor trials.
@@ -91,7 +92,7 @@ class Evidence:
     system: System
     operation: Operation
     device: str
-    entries: Sequence[KnownFailure] = ()
+    entries: tuple[KnownFailure, ...] = ()
     cases: int = 0
     verdicts: Counter[str] = field(default_factory=Counter)
     dtypes: Counter[str] = field(default_factory=Counter)
@@ -134,7 +135,15 @@ class Evidence:
 
     def unexpected(self) -> list[Result]:
         """Failures that no entry covers."""
-        return [r for r in self.wrong if not any(e.covers(r.clause, r.case.scene.name) for e in self.entries)]
+        return [
+            result
+            for result, failure in zip(self.wrong, self.failures(), strict=True)
+            if not any(entry.covers(*failure) for entry in self.entries)
+        ]
+
+    def failures(self) -> list[tuple[str, str, str]]:
+        """Clause, scene and setting of all that is wrong."""
+        return [(result.clause, result.case.scene.name, result.case.setting) for result in self.wrong]
 
     def clauses(self) -> tuple[ClauseEvidence, ...]:
         """All clauses of the operation, and those of the trials."""

@@ -74,7 +74,9 @@ def _drawings(fits: Sequence[Growth], measurements: Sequence[Measurement]) -> It
         ("Peak live bytes", "bytes", lambda m: float(m.peak_live_bytes), lambda g: g.bytes_exponent),
     )
     for title, unit, cost, exponent in quantities:
-        series = [_series(fit, _fitted(fit, measurements), cost, exponent(fit)) for fit in fits]
+        series = [
+            _series(number, fit, _fitted(fit, measurements), cost, exponent(fit)) for number, fit in enumerate(fits)
+        ]
         yield plot(title, _WORDS.get(fits[0].axis, fits[0].axis), unit, series, log_x=True)
 
 
@@ -95,15 +97,15 @@ def _size(m: Measurement, axis: str) -> float:
 
 
 def _series(
-    fit: Growth, measured: Sequence[Measurement], cost: Callable[[Measurement], float], exponent: float
+    number: int, fit: Growth, measured: Sequence[Measurement], cost: Callable[[Measurement], float], exponent: float
 ) -> Series:
     values = [(_size(m, fit.axis), cost(m)) for m in measured if 0 < cost(m) < math.inf]
     points = tuple(Point(x, y, y, y, f"{x:g} {fit.axis}, {y:,.4g}") for x, y in values)
     name = f"{fit.implementation}: grows as {fit.axis}^{exponent:.2f}"
     if not points or not math.isfinite(exponent):
-        return Series(name, points)
+        return Series(name, points, number)
     # A fitted line goes through the mean of the logarithms.
     middle_x, middle_y = (sum(math.log(value[i]) for value in values) / len(values) for i in (0, 1))
     ends = {values[0][0], values[-1][0]}
     fitted = tuple((x, math.exp(middle_y + exponent * (math.log(x) - middle_x))) for x in sorted(ends))
-    return Series(name, points, fitted if len(ends) == 2 else ())
+    return Series(name, points, number, fitted if len(ends) == 2 else ())

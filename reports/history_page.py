@@ -89,15 +89,15 @@ def _groups(runs: Sequence[tuple[int, Entry]]) -> Iterator[_Group]:
             taken.setdefault(_key(m), {}).setdefault(str(m["implementation"]), []).append((number, m))
     for (operation, workload, phase), implementations in taken.items():
         ratios = [
-            Series(name, tuple(_ratio(number, m) for number, m in found))
-            for name, found in implementations.items()
+            Series(name, tuple(_ratio(run, m) for run, m in found), number)
+            for number, (name, found) in enumerate(implementations.items())
             if any(m["implementation"] != m["baseline"] for _, m in found)
         ]
         drawings = [plot("Times faster than the baseline", "run", "ratio", ratios, level=1.0)] if ratios else []
         for counter, title in _PLOTTED.items():
             series = [
-                Series(name, tuple(_counted(number, m, counter) for number, m in found))
-                for name, found in implementations.items()
+                Series(name, tuple(_counted(run, m, counter) for run, m in found), number)
+                for number, (name, found) in enumerate(implementations.items())
             ]
             drawings.append(plot(title, "run", counter.replace("_", " "), series))
         yield _Group(operation, workload, phase, tuple(drawings))

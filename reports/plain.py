@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -53,12 +53,12 @@ def from_plain(kind: type[T], body: Mapping[str, Any]) -> T:
     >>> from_plain(Growth, body).bytes_exponent
     inf
     """
-    readers = _readers(kind)
+    readers = _readers(cast(Hashable, kind))
     return kind(**{name: readers[name](value) for name, value in body.items() if name in readers})
 
 
 @cache
-def _readers(kind: type) -> Mapping[str, Callable[[Any], Any]]:
+def _readers(kind: Any) -> Mapping[str, Callable[[Any], Any]]:
     """How each field is read."""
     types = get_type_hints(kind)
     return {field.name: _reader(types[field.name]) for field in fields(kind)}

@@ -13,7 +13,7 @@ from detoracle.reports.text import short
 
 __all__ = ["Point", "Series", "plot"]
 
-_WIDTH, _HEIGHT = 430.0, 250.0
+_WIDTH, _HEIGHT = 360.0, 250.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 12.0, 28.0, 40.0
 _LINE = 17.0  # height of a line of the legend
 _MOST_TICKS = 8
@@ -50,12 +50,15 @@ class Series:
     name : str
     points : tuple of Point
         From left to right.
+    number : int
+        Decides colour and mark.
     fitted : tuple of (float, float), or empty
         Ends of a straight line to draw dashed instead of joining the points.
     """
 
     name: str
     points: tuple[Point, ...]
+    number: int = 0
     fitted: tuple[tuple[float, float], ...] = ()
 
 
@@ -91,7 +94,7 @@ def plot(
     """
     xs = [p.x for s in series for p in s.points if _drawable(p, log_x)]
     ys = [y for s in series for p in s.points if _drawable(p, log_x) for y in (p.low, p.y, p.high) if _positive(y)]
-    ys += [level] if level else []
+    ys += [y for s in series for _, y in s.fitted] + ([level] if level else [])
     place_x = _axis(xs, _LEFT, _WIDTH - _RIGHT, log=log_x)
     place_y = _axis(ys, _HEIGHT - _BOTTOM, _TOP, log=True)
     height = _HEIGHT + _LINE * len(series)
@@ -105,11 +108,12 @@ def plot(
         f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">{escape(short(across, 60))}</text>',
         f'<text x="14" y="{_TOP + 4}" transform="rotate(-90 14 {_TOP + 4})" text-anchor="end">{escape(up)}</text>',
     ]
-    for number, one in enumerate(series):
-        parts += _line(number, one, place_x, place_y, log_x)
-        y = _HEIGHT + _LINE * number + 2
-        parts.append(f'<path class="mark" fill="{colour_of(number)}" d="{stamp(mark_of(number, 4.5), [(20, y)])}"/>')
-        parts.append(f'<text x="32" y="{decimal(y + 4)}">{escape(short(one.name, 62))}</text>')
+    for line, one in enumerate(series):
+        parts += _line(one, place_x, place_y, log_x)
+        y = _HEIGHT + _LINE * line + 2
+        mark = stamp(mark_of(one.number, 4.5), [(20, y)])
+        parts.append(f'<path class="mark" fill="{colour_of(one.number)}" d="{mark}"/>')
+        parts.append(f'<text x="32" y="{decimal(y + 4)}">{escape(short(one.name, 46))}</text>')
     return Markup("".join([*parts, "</svg>"]))
 
 
@@ -176,21 +180,21 @@ def _short_number(value: float) -> str:
 
 
 def _line(
-    number: int, series: Series, place_x: Callable[[float], float], place_y: Callable[[float], float], log_x: bool
+    series: Series, place_x: Callable[[float], float], place_y: Callable[[float], float], log_x: bool
 ) -> Iterator[str]:
     points = [p for p in series.points if _drawable(p, log_x)]
     ends = series.fitted if series.fitted else [(p.x, p.y) for p in points]
     path = "L".join(f"{decimal(place_x(x))} {decimal(place_y(y))}" for x, y in ends)
     if len(ends) > 1:
         kind = "line dashed" if series.fitted else "line"
-        yield f'<path class="{kind}" stroke="{colour_of(number)}" d="M{path}"/>'
+        yield f'<path class="{kind}" stroke="{colour_of(series.number)}" d="M{path}"/>'
     for point in points:
         x, y = place_x(point.x), place_y(point.y)
         if _positive(point.low) and _positive(point.high) and point.low < point.high:
             yield f'<path class="bar" d="M{decimal(x)} {decimal(place_y(point.low))}V{decimal(place_y(point.high))}"/>'
-        mark = stamp(mark_of(number, 4), [(x, y)])
+        mark = stamp(mark_of(series.number, 4), [(x, y)])
         told = escape(short(f"{series.name}: {point.told}"))
-        yield f'<path class="mark" fill="{colour_of(number)}" d="{mark}"><title>{told}</title></path>'
+        yield f'<path class="mark" fill="{colour_of(series.number)}" d="{mark}"><title>{told}</title></path>'
 
 
 def _described(series: Sequence[Series]) -> str:

@@ -33,7 +33,7 @@ def law_table(operations: Sequence[Operation]) -> Table:
     >>> from detoracle.reference import ssd
     >>> table = law_table([ssd.match.operation])
     >>> next(line for line in table.lines if line[0] == "empty-image")[2:]
-    ['', '', 'ssd.match']
+    ['0 of 1', '', 'ssd.match']
     """
     lines = []
     for law in LAWS:
@@ -43,11 +43,13 @@ def law_table(operations: Sequence[Operation]) -> Table:
         none = [name for name, found in departing.items() if any(departure.whole for departure in found)]
         part = [name for name, found in departing.items() if found and name not in none]
         if concerned:
-            lines.append([law.id, law.statement, *map(", ".join, (obeying, part, none))])
+            lines.append(
+                [law.id, law.statement, f"{len(obeying)} of {len(concerned)}", ", ".join(part), ", ".join(none)]
+            )
     note = (
         "How a right answer changes when the question does. 'detoracle check' judges one law in turn beside each case."
     )
-    return Table("Laws", note, ("law", "what it says", "obeyed by", "obeyed in part by", "not obeyed by"), lines)
+    return Table("Laws", note, ("law", "what it says", "operations that obey it", "in part", "not"), lines)
 
 
 def kill_table(faults: Sequence[Mapping[str, Any]]) -> Table:

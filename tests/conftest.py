@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -14,6 +15,9 @@ from detoracle.properties.profiles import register_profiles
 SEED = 0
 
 register_profiles()
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels then run on the CPU; read when triton is first imported
 
 
 def pytest_configure() -> None:

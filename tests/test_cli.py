@@ -18,7 +18,8 @@ from detoracle.properties.faults.fault import faults_of
 from detoracle.properties.scenefile import SavedScene, read_scene, write_scene
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["list", "describe", "env", "compare", "check", "golden", "replay", "faults", "report"]
+COMMANDS = ["list", "describe", "env", "compare", "check", "certify", "bench", "gate", "golden", "replay", "explain"]
+COMMANDS += ["faults", "report"]
 STRANGER = """
 from detoracle.reference import yolox
 
@@ -48,7 +49,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("detoracle.commands.check.edge_cases", lambda: edge_cases()[:8])  # for speed; all are its job
+    few = edge_cases()[:8]  # for speed; all are its job
+    monkeypatch.setattr("detoracle.properties.examination.edge_cases", lambda: few)
 
     def call(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["detoracle", *map(str, arguments)])
@@ -213,6 +215,9 @@ def test_a_known_failure_is_accepted_until_it_expires_or_is_gone(run: Run, tmp_p
     assert (expired.code, "expired on 1999-01-31" in expired.out) == (1, True)
     gone = run("check", "yolox.decode", "stranger:right", "--examples", 0, "--known-failures", "known.toml")
     assert (gone.code, "matches no failure" in gone.out) == (1, True)
+    (tmp_path / "other.toml").write_text(listed.format("2999-01-31") + 'setting = "official"\n')
+    other = run(*check, "--known-failures", "other.toml")
+    assert (other.code, "on '*' (official) matches no failure" in other.out) == (1, True)
 
 
 def test_a_right_one_is_0(run: Run, tmp_path: Path) -> None:

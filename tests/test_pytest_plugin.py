@@ -43,8 +43,11 @@ def adopter(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     return pytester
 
 
-def known(adopter: pytest.Pytester, clause: str, expires: str = "2999-01-31", scene: str = "*") -> str:
-    text = f'clause="{clause}"\nscene="{scene}"\nreason="ties"\nlink="ours/17"\nexpires={expires}\n'
+def known(
+    adopter: pytest.Pytester, clause: str, expires: str = "2999-01-31", scene: str = "*", setting: str = "*"
+) -> str:
+    where = f'clause="{clause}"\nscene="{scene}"\nsetting="{setting}"\n'
+    text = f'{where}reason="ties"\nlink="ours/17"\nexpires={expires}\n'
     (adopter.path / "known.toml").write_text(f"[[known-failure]]\n{text}")
     return "--detoracle-known-failures=known.toml"
 
@@ -129,6 +132,7 @@ def test_a_known_failure_is_expected_until_it_expires_or_is_gone(adopter: pytest
         ("wrong", {"expires": "1999-01-31"}, "*expired on 1999-01-31: ties (ours/17)"),
         ("right", {}, "*matches no failure: remove it"),
         ("wrong", {"scene": "no such scene"}, "*fails on * of * cases*"),
+        ("wrong", {"setting": "no such setting"}, "*fails on * of * cases*"),
     ]:
         found = adopter.runpytest_inprocess(DECODE + callable_, known(adopter, predictions, **options), *only)
         found.assert_outcomes(failed=1, deselected=CLAUSES - 1)

@@ -62,7 +62,7 @@ def check(
 
 
 def _unknown(failures: list[Result], entries: tuple[KnownFailure, ...]) -> list[Result]:
-    return [f for f in failures if not any(e.covers(f.clause, f.case.scene.name) for e in entries)]
+    return [f for f in failures if not any(e.covers(f.clause, f.case.scene.name, f.case.setting) for e in entries)]
 
 
 def _save(
@@ -91,7 +91,7 @@ def _conclude(
     seed: int,
     json: Path | None,
 ) -> None:
-    failures = [(r.clause, r.case.scene.name) for r in results if r.verdict.wrong]
+    failures = [(r.clause, r.case.scene.name, r.case.setting) for r in results if r.verdict.wrong]
     stale = problems(entries, failures, datetime.datetime.now(datetime.UTC).date())
     counts: dict[str, int] = {}
     for result in results:

@@ -32,6 +32,7 @@ from detoracle.reference.quirks.ledger import ledger
 from detoracle.reports.compare import Part, Settings, compare_operation, read_part, run_key, write_part
 from detoracle.reports.environment import environment
 from detoracle.reports.record import Report, Surprise, to_json
+from detoracle.reports.sheets import law_table
 from detoracle.reports.writing import locked, write_report
 
 __all__ = ["compare"]
@@ -78,6 +79,7 @@ def compare(
         measurements=tuple(m for part in parts for m in part.measurements),
         pictures=tuple(p for part in parts for p in part.pictures),
         quirks=_quirks({operation.name for _, operation, _ in chosen}),
+        tables=(law_table([operation for _, operation, _ in chosen]),),
         notes=tuple(f"{s.name}: {s.note}" for s in all_scenes if "file" in s.tags and s.note),
     )
     page = write_report(report, out)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -13,12 +16,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from detoracle.commands.common import write_json
+from detoracle.commands.common import write_json, written_command
 from detoracle.properties.faults.cheats import CHEATS
 from detoracle.properties.faults.fault import examined, faults_of
 from detoracle.properties.faults.ledger import Ledger, Sitting, alarm_sittings, cheat_sittings, fault_sittings, work
 from detoracle.properties.systems import NAMES
 from detoracle.reference.errors import InputError
+from detoracle.reports.environment import environment
+from detoracle.reports.record import Report
+from detoracle.reports.record import Table as Sheet
+from detoracle.reports.sheets import alarm_table, kill_table
+from detoracle.reports.writing import write_report
 
 __all__ = ["faults"]
 
@@ -33,13 +41,14 @@ def faults(
         bool, typer.Option("--false-alarms", help="Right code in other arithmetic, instead.")
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder that keeps results, so that a run can be resumed.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of results, for resuming, and of a page of them.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Let the suite find planted faults, and print which clause caught which after how many scenes.
 
     Exit code 1 if a fault survives, or something right is called wrong.
     """
+    clock, started = time.monotonic(), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     known = NAMES if false_alarms else examined()
     if unknown := [name for name in system or [] if name not in known]:
         raise InputError("--system", expected=f"one of {', '.join(known)}", got=", ".join(unknown))
@@ -48,6 +57,7 @@ def faults(
     if false_alarms:
         found = _done(alarm_sittings(chosen, numbers, examples, ledger), ledger, jobs)
         body = _tell_alarms(found)
+        shown: Sheet = alarm_table(body["totals"])
     else:
         asked = [fault for name in chosen for fault in faults_of(name)]
         sittings = fault_sittings(asked, numbers, examples, ledger)
@@ -55,7 +65,12 @@ def faults(
             sittings += cheat_sittings(CHEATS, numbers, ledger)
         found = _done(sittings, ledger, jobs)
         body = _tell_kills(found, [*asked, *(CHEATS if cheats and not system else ())])
+        shown = kill_table(body["faults"])
     write_json(json, {"schema": 1, "examples": examples, "seeds": list(numbers), **body})
+    if out is not None:
+        seconds = round(time.monotonic() - clock, 1)
+        report = Report(shown.title, written_command(sys.argv), started, seconds, seed, environment(), tables=(shown,))
+        print(f"report: {write_report(report, out)}")
     if body["failed"]:
         raise typer.Exit(1)
 

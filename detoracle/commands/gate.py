@@ -83,7 +83,7 @@ def _known(path: Path | None, report: Report) -> list[str]:
     """Known failures that are out of date or match nothing."""
     if path is None:
         return []
-    failures = [(row.clause, row.scene) for row in report.findings]
+    failures = [(row.clause, row.scene, row.setting) for row in report.findings]
     return problems(read_known_failures(path), failures, datetime.datetime.now(datetime.UTC).date())
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["background_loss"]
 
-_CHUNK = 1 << 18  # logits treated at a time: a few such tensors fit a cache
+_CHUNK = 1 << 17  # logits treated at a time: a few such tensors fit a cache
 _FOLDS = 6  # 2**6 factors of at most 2 are far from overflow
 
 

@@ -1,8 +1,8 @@
 """YOLOv8 by way of what can matter: pairs inside boxes, losses of positives, and a gradient that is written once.
 
 Arguments, results and their meaning are those of the operations in `detoracle.reference.yolov8` and
-`detoracle.reference.yolov8_loss`. The assignment is in `detoracle.implementations.sparse.yolov8_matching`. Only boxes of
-anchors inside some ground truth are decoded. The class loss covers every logit: it is computed in pieces that fit a
+`detoracle.reference.yolov8_loss`. The assignment is in `detoracle.implementations.sparse.yolov8_matching`. Only boxes
+of anchors inside some ground truth are decoded. The class loss covers every logit: it is computed in pieces that fit a
 cache (`detoracle.implementations.sparse.background`), and the gradient of the whole loss with it, straight into maps.
 
 What it trades: it waits for the device some tens of times, for sizes, and so suits a CPU; memory grows with the pairs
@@ -182,7 +182,7 @@ def _distances(logits: Tensor) -> Tensor:
     bins = len(logits) // 4
     if bins == 1:
         return logits
-    probability = logits.unflatten(0, (4, bins)).softmax(1)
+    probability = torch.unflatten(logits, 0, (4, bins)).softmax(1)
     return probability.mul_(torch.arange(bins, dtype=logits.dtype, device=logits.device)[:, None]).sum(1)
 
 
@@ -213,7 +213,7 @@ class _Loss(torch.autograd.Function):
         raw: tuple[Tensor, ...] = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, []
         if not gradients:
-            *_, gradients = _losses(raw, *ctx.arguments, with_gradients=True)
+            _, _, gradients = _losses(raw, *ctx.arguments, with_gradients=True)
         if bool(to_total != 1):
             for gradient in gradients:
                 gradient.mul_(to_total)
@@ -233,7 +233,7 @@ def _losses(
         logits = _box_logits(maps, where, channels).requires_grad_()
         box, dfl = _box_losses(logits, positives, dtype)
         box, dfl = box / normaliser * box_gain, dfl / normaliser * dfl_gain
-        [to_logits] = torch.autograd.grad((box + dfl) * images, logits) if with_gradients else [logits]
+        to_logits = torch.autograd.grad((box + dfl) * images, logits)[0] if with_gradients else logits
 
     gradients = [zeros(level.shape, like=level.new_empty(0, dtype=dtype)) for level in maps] if with_gradients else []
     scale = cls_gain * images / float(normaliser)
@@ -242,9 +242,9 @@ def _losses(
     for number, (level, (image, _, cell), label, weight, rows) in enumerate(zip(maps, where, *per_level, strict=True)):
         own = image, channels + label, cell
         gradient = gradients[number] if with_gradients else None
-        for index, logits_ in enumerate(level[:, channels:]):
+        for index, class_logits in enumerate(level[:, channels:]):
             room = None if gradient is None else gradient[index, channels:]
-            cls = cls + background_loss(logits_, scale=scale, gradient=room)
+            cls = cls + background_loss(class_logits, scale=scale, gradient=room)
         cls = cls - (level[own] * weight).sum(dtype=dtype)
         if gradient is not None:
             gradient[own] -= (weight * scale).to(dtype)

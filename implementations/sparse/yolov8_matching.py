@@ -80,10 +80,8 @@ def match(predictions: Predictions, grid: Grid, truths: Truths, settings: Settin
     place = of_image * anchors + anchor
     boxes = predictions.boxes(grid.covered(in_columns, in_rows)).flatten(1)
     target = truths.boxes[image, column].mT.contiguous()
-    predicted, wanted = (
-        batched._sides([side.index_select(0, i) for side in all_]) for all_, i in ((boxes, place), (target, row))
-    )
-    overlap = batched._iou(wanted, predicted).clamp_(min=0)
+    predicted, wanted = [side.index_select(0, place) for side in boxes], [side.index_select(0, row) for side in target]
+    overlap = batched._iou(batched._sides(wanted), batched._sides(predicted)).clamp_(min=0)
     label = truths.labels[image, column].long().remainder(predictions.num_classes)
     score = predictions.scores(of_image, anchor, label.index_select(0, row))
     metric = score**settings.alpha * overlap**settings.beta

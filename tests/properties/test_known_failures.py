@@ -19,7 +19,9 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_entries_are_read(tmp_path: Path) -> None:
-    found = read_known_failures(write(tmp_path, ENTRY + ENTRY.replace("a[b]", "c") + 'scene = "crowd-*"\nsetting = "top ?"\n'))
+    found = read_known_failures(
+        write(tmp_path, ENTRY + ENTRY.replace("a[b]", "c") + 'scene = "crowd-*"\nsetting = "top ?"\n')
+    )
     assert found == (
         KnownFailure("a[b]", "because", "ours/1", DAY),
         KnownFailure("c", "because", "ours/1", DAY, "crowd-*", "top ?"),

@@ -52,5 +52,6 @@ def test_the_text_fits(number: int) -> None:
     for half, text in zip((left, right), badge.iter(f"{SVG}text"), strict=True):
         start, width = float(half.get("x", "0")), float(half.get("width", ""))
         assert start < float(text.get("x", ""))
+        assert 5 < float(text.get("textLength", "")) / len(text.text or "") < 8  # pixels a character of 11 px
         assert float(text.get("x", "")) + float(text.get("textLength", "")) < start + width
     assert float(badge.get("width", "")) == float(right.get("x", "")) + float(right.get("width", ""))

@@ -42,6 +42,8 @@ def test_a_release_that_departs_as_the_one_before_it_changed_nothing(tmp_path: P
 def test_atlas_holds_the_scenes_and_pictures_that_it_names(tmp_path: Path) -> None:
     _write(tmp_path / "in", "1.0", _failure("a.assign[outcome]"), _failure("a.assign[quality]", "b/a-2.scene.json"))
     (tmp_path / "in" / "package" / "1.0" / "a-1.svg").write_text("<svg/>", "utf-8")
+    (tmp_path / "out" / "package" / "0.9").mkdir(parents=True)
+    (tmp_path / "out" / "package" / "0.9" / "a-1.scene.json").write_text("of an earlier atlas", "utf-8")
     write_atlas(tmp_path / "in", tmp_path / "out")
     files = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
     scenes = {"package/1.0/a-1.scene.json", "package/1.0/a-1.svg", "package/1.0/a-2.scene.json"}

@@ -115,7 +115,7 @@ def test_it_stays_small_however_much_there_is() -> None:
     )
     measurements = tuple(replace(MEASURED, operation=name, workload=name) for name in names * 10)
     text = summary_of(replace(EMPTY, rows=rows, measurements=measurements))
-    assert len(text.encode()) <= MOST_BYTES
+    assert len(text.encode()) <= MOST_BYTES <= 60_000  # what a pull request's comment may hold
     assert "more are in the report." in text
     assert "more implementations are in the report." in text
 

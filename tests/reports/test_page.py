@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from detoracle.reports.page import render
-from detoracle.reports.record import Measurement, Picture, Report, Row
+from detoracle.reports.record import Growth, Measurement, Picture, Report, Row, Table
 from detoracle.reports.tally import Tally
 
 CELLS = {"td", "th", "dt", "dd", "h4", "p"}  # what stands apart from what follows
@@ -262,6 +262,67 @@ def test_cost_says_faster_only_with_an_interval_that_clears_one() -> None:
     assert counters.all("tbody")[0].all("tr")[1].text == "yolox.assign batched coco 1,234 5 6 7 8"
 
 
+BENCHED = [
+    replace(MEASURED, implementation=name, phase="forward", batch=2, gts=gts, anchors=84, classes=3,
+            milliseconds=gts * slow, peak_live_bytes=gts * gts, first_call=7.25, floor_share=0.125)
+    for name, slow in (("mine", 1.0), ("loop", 9.0))
+    for gts in (5, 10, 20)
+]  # fmt: skip
+
+
+def test_a_bench_tells_phase_first_call_and_share_of_the_floor() -> None:
+    time_table = _by_id(_parsed(render(replace(EMPTY, measurements=tuple(BENCHED)))), "cost").all("table")[0]
+    heads = [th.text for th in time_table.all("th", scope="col")]
+    cells = dict(zip(heads[1:], (td.text for td in time_table.all("tbody")[0].all("tr")[0].all("td")), strict=True))
+    assert (cells["timed"], cells["first call, ms"], cells["of the floor"]) == ("forward", "7.25", "12.5%")
+    assert "timed" not in [th.text for th in PAGE.all("th")]
+
+
+def test_growth_is_plotted_with_its_exponents() -> None:
+    fits = tuple(
+        Growth("yolox.assign", name, "forward", "gts", "2 batch, 84 anchors, 3 classes", 3, 1.0, 2.0)
+        for name in ("mine", "loop")
+    )
+    cost = _by_id(_parsed(render(replace(EMPTY, measurements=tuple(BENCHED), growth=fits))), "cost")
+    time_plot, bytes_plot = cost.all("svg", class_="detoracle-plot")
+    for drawing, exponent in ((time_plot, "1.00"), (bytes_plot, "2.00")):
+        marks = [path for path in drawing.all("path", class_="mark") if path.all("title")]
+        assert len(marks) == 6
+        assert [f"{name}: grows as gts^{exponent}" in drawing.text for name in ("mine", "loop")] == [True, True]
+        assert len(drawing.all("path", class_="dashed")) == 2
+    # The points lie on their fitted lines, which are straight.
+    for drawing, name in ((time_plot, "mine"), (bytes_plot, "loop")):
+        places = [_place(path) for path in drawing.all("path", class_="mark") if name in path.text][:3]
+        (x1, y1), (x2, y2), (x3, y3) = places
+        assert abs((y2 - y1) * (x3 - x1) - (y3 - y1) * (x2 - x1)) <= (abs(x3 - x1) + abs(y3 - y1)) * _DRAWN
+    assert [line.text for line in cost.all("table")[1].all("tbody")[0].all("tr")] == [
+        "mine 1.00 2.00 3",
+        "loop 1.00 2.00 3",
+    ]
+
+
+_DRAWN = 0.3  # pixels by which places, rounded to tenths, can be off
+
+
+def _place(path: Node) -> tuple[float, float]:
+    """Where a mark's path begins."""
+    x, y = re.findall(r"M([\d.]+) ([\d.]+)", path.attributes["d"])[0]
+    return float(x), float(y)
+
+
+def test_tables_are_shown_where_the_run_has_them() -> None:
+    table = Table("Laws", "what changes", ("law", "obeyed by"), [["mirror", "all"], ["scale", "some"]])
+    page = _parsed(render(replace(EMPTY, tables=(table,))))
+    shown = _by_id(page, "table-1")
+    assert [tr.text for tr in shown.all("tr")] == ["law obeyed by", "mirror all", "scale some"]
+    (verdict,) = page.all("div", class_="verdict")
+    assert verdict.text == "○ No implementation was checked; these are the tables what changes"
+    assert [form.attributes["data-target"] for form in _by_id(page, "tables").all("form")] == ["table-1"]
+    assert PAGE.all(id="tables") == []
+    long = replace(table, lines=[["mirror", str(number)] for number in range(700)])
+    assert "Here are the first 500 of 700 lines; all are in results.json." in render(replace(EMPTY, tables=(long,)))
+
+
 def test_the_rest_of_the_run_is_told() -> None:
     header = PAGE.all("header")[0].text
     assert "Run on 2026-01-01T00:00:00Z, took 1 min 15 s, seed 7." in header
@@ -376,7 +437,11 @@ def test_hostile_text_changes_no_structure(text: str) -> None:
         rows = (row, replace(row, status="undefined"))
         measured = replace(MEASURED, operation=name, implementation=name, workload=name)
         facts, pictures = {name: name}, (_picture(row),)
-        page = render(Report(name, name, name, 1.0, 0, facts, rows, (measured,), pictures, (name,)))
+        table = Table(name, name, (name, name), [[name, name]])
+        sizes = [replace(measured, phase=name, gts=gts, milliseconds=float(gts)) for gts in (1, 2, 4)]
+        growth = (Growth(name, name, name, "gts", "0 batch, 0 anchors, 0 classes", 3, 1.0, 1.0),)
+        report = Report(name, name, name, 1.0, 0, facts, rows, (measured, *sizes), pictures, (name,), (), growth)
+        page = render(replace(report, tables=(table,)))
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e\u2067\ud800]", page)
         return [(node.tag, sorted(set(node.attributes) - {"title"})) for node in _parsed(page).all()]
 

@@ -24,7 +24,7 @@ from detoracle.reports.tables import csv_of
 from detoracle.reports.text import short, visible
 from detoracle.reports.writing import locked, read_report, write_report
 
-FILES = ["measurements.csv", "report.html", "results.csv", "results.json"]
+FILES = ["badge.svg", "junit.xml", "measurements.csv", "report.html", "results.csv", "results.json", "summary.md"]
 ROW = Row(
     "yolox.assign", "mine", "one box", "official", "different", "yolox.assign[outcome]", "image 0, anchor 3",
     "expected ground truth 0, got -1", 2, 1, 10, 1, "", "single tiny", "scenes/yolox.assign-mine-1.scene.json",
