@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import tomllib
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 ROOT = Path(__file__).parent
 ROOMS = ["reference", "implementations", "properties", "reports"]
+GENUINE = tomllib.loads((ROOT / "upstream" / "releases.toml").read_text("utf-8"))
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
@@ -62,6 +66,14 @@ def docs_examples(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """The pages in headless Chromium, if it is installed; screenshots lie in build/screenshots."""
+    _install(session, "-e", ".[test,browser]")
+    shown = {"DETORACLE_SCREENSHOTS": str(ROOT / "build" / "screenshots")}
+    session.run("pytest", "tests/browser", *session.posargs, env=shown)
+
+
+@nox.session
 def compare(session: nox.Session) -> None:
     """Our implementations against the oracles on realistic scenes."""
     _install(session, "-e", ".")
@@ -73,3 +85,86 @@ def deep(session: nox.Session) -> None:
     """The whole suite with many more Hypothesis examples, drawn anew each time."""
     _install(session, "-e", ".[test]")
     session.run("pytest", "--hypothesis-profile=deep", "--timeout=0", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need a GPU, and tables of what every implementation costs on it, under its name."""
+    _install(session, "-e", ".[test]")
+    session.run("pytest", "tests/implementations", "-k", "triton", *session.posargs)
+    name = session.run("python", "-c", "import torch; print(torch.cuda.get_device_name())", silent=True)
+    folder = ROOT / "reports" / "published" / str(name).strip().replace(" ", "-").lower()
+    for system, stage in itertools.product(("yolox", "ssd", "anchor_head", "rtmdet", "yolov8"), ("assign", "loss")):
+        operation = "ssd.match" if (system, stage) == ("ssd", "assign") else f"{system}.{stage}"
+        for dtype in ("float32", "bfloat16", "float16"):
+            out = str(folder / f"{operation}-{dtype}")
+            sizes = ("--batch", "1", "--batch", "16", "--batch", "64")
+            # Where an output was wrong the table says so; the other tables are wanted all the same.
+            bench = ("detoracle", "bench", operation, "--device", "cuda", "--dtype", dtype, *sizes, "--out", out)
+            session.run(*bench, success_codes=[0, 1])
+
+
+def _install_genuine(session: nox.Session, package: str, release: str) -> None:
+    """A release and what its loss imports; without its own dependencies, for these bring another torch."""
+    entry = GENUINE[package]
+    _install(session, "-e", ".")
+    session.install("-c", "constraints.txt", "--upgrade-strategy", "only-if-needed", *entry["needs"])
+    if entry["apart"]:
+        session.install("--no-deps", *entry["apart"])
+    wanted = [f"{package}=={release}", *entry["releases"][release]]
+    session.install("--no-deps", "--no-build-isolation", *wanted, env={"MMCV_WITH_OPS": "0"})
+
+
+def _check_genuine(session: nox.Session, package: str, release: str, out: Path, *, known: bool) -> list[str]:
+    """Check every operation that the release has; the names of those that are wrong."""
+    entry = GENUINE[package]
+    lacks = entry.get("lacks", {}).get(release, [])
+    wrong = []
+    for operation, adapter in entry["operations"].items():
+        if operation.partition(".")[0] in lacks:
+            continue
+        target = f"detoracle.adapters.{adapter}"
+        command = ["detoracle", "check", operation, target, "--out", str(out), "--json", str(out / f"{operation}.json")]
+        command += ["--time-limit", "300"]  # the first call imports the package
+        failures = ROOT / "upstream" / "known-failures" / f"{package}-{release}" / f"{operation}.toml"
+        if known and failures.is_file():
+            command += ["--known-failures", str(failures)]
+        settings = {"YOLO_CONFIG_DIR": session.create_tmp()}
+        answer = session.run(*command, *session.posargs, success_codes=[0, 1, 2], silent=True, env=settings)
+        session.log(str(answer).strip())
+        if f"{operation} by {target}: right" not in str(answer):
+            wrong.append(f"{package} {release}: {operation}")
+    return wrong
+
+
+@nox.session
+@nox.parametrize("package", list(GENUINE))
+def upstream(session: nox.Session, package: str) -> None:
+    """The genuine packages, in the releases that our oracles describe, against the oracles."""
+    wrong = []
+    for release in GENUINE[package]["recorded"]:
+        _install_genuine(session, package, release)
+        out = Path(session.create_tmp()) / f"{package}-{release}"
+        wrong += _check_genuine(session, package, release, out, known=True)
+    if wrong:
+        session.error("neither right nor known: " + ", ".join(wrong))
+
+
+@nox.session
+@nox.parametrize("package", [name for name in GENUINE if name != "torchvision"])
+def drift(session: nox.Session, package: str) -> None:
+    """Releases of the genuine packages, one after the other: which changed what; renews the drift atlas."""
+    found = Path(session.cache_dir) / "drift"
+    for release in GENUINE[package]["releases"]:
+        out = found / package / release
+        shutil.rmtree(out, ignore_errors=True)
+        try:
+            _install_genuine(session, package, release)
+        except CommandFailed:
+            session.warn(f"{package} {release} could not be installed here")
+            continue
+        _check_genuine(session, package, release, out, known=False)
+        for scene in out.glob("*.assign-*.scene.json"):
+            picture = scene.with_name(scene.name.replace(".scene.json", ".svg"))
+            session.run("detoracle", "replay", str(scene), "--svg", str(picture), success_codes=[0, 1], silent=True)
+    session.run("python", "-m", "detoracle.reports.drift", str(found), "reports/published/drift")

@@ -116,7 +116,7 @@ def trials(
         yield _result("keeps-results", subject, case, _same(subject, first, subject.worker.held(), device))
     for case, expectation, first in reversed(firsts):
         yield _result("repeatable", subject, case, _same(subject, first, subject.call(case), device))
-        yield _result("no-grad", subject, case, _without_gradients(expectation, subject.call(case, "no-grad")))
+        yield _result("no-grad", subject, case, _without_gradients(expectation, subject.call(case, "no-grad"), first))
         if can_protect(device):
             yield _result("read-only", subject, case, expectation.judge(subject.call(case, "read-only")))
     for other_dtype in (d for d in _DTYPES if d != dtype):
@@ -125,8 +125,8 @@ def trials(
             yield _result("other-dtype", subject, case, _refusal(verdict, other_dtype))
     calls = [case.arguments for case, _, _ in firsts]
     outcomes = perform_bare(subject.operation, subject.target, calls, time_limit=subject.time_limit)
-    for (case, expectation, _), outcome in zip(firsts, outcomes, strict=True):
-        yield _result("any-process", subject, case, _without_gradients(expectation, outcome))
+    for (case, expectation, first), outcome in zip(firsts, outcomes, strict=True):
+        yield _result("any-process", subject, case, _without_gradients(expectation, outcome, first))
 
 
 def _pairs(subject: Subject, seed: int, device: str, dtype: torch.dtype) -> Iterator[tuple[Case, Case]]:
@@ -166,9 +166,10 @@ def _same(subject: Subject, first: Outcome, later: Outcome, device: str) -> Verd
     return same_bits(subject.operation, first, later)
 
 
-def _without_gradients(expectation: Expectation, outcome: Outcome) -> Verdict:
-    """Judge outputs that came without gradients."""
-    return _only(expectation.judge(outcome), lambda finding: "[gradient" not in finding.clause)
+def _without_gradients(expectation: Expectation, outcome: Outcome, first: Outcome) -> Verdict:
+    """Judge outputs that came without gradients; those of the first call tell which way a tie was broken."""
+    judged = expectation.judge(replace(outcome, gradients=first.gradients))
+    return _only(judged, lambda finding: "[gradient" not in finding.clause)
 
 
 def _only(verdict: Verdict, kept: Callable[[Finding], bool]) -> Verdict:

@@ -326,18 +326,18 @@ def _loss(
     _, boxes, scores = yolov8._targets(gt_index, quality, gt_boxes, gt_labels, num_classes)
     normaliser = quality.sum().clamp(min=1)  # an anchor's target scores add up to its quality
     entropy = F.binary_cross_entropy_with_logits(head.cls_logits, scores.to(head.cls_logits.dtype), reduction="none")
-    cls = entropy.sum(-1).sum()
+    cls = entropy.sum(-1).sum() / normaliser
     box = dfl = head.boxes.new_zeros(())
     positive = gt_index >= 0
     if positive.any():
         anchor, weight = positive.nonzero()[:, 1], quality[positive]
         target = boxes[positive] / head.strides[anchor]
         ciou = unchecked(iou_ultralytics)(head.boxes[positive], target, mode="ciou")[:, 0]
-        box = ((1 - ciou) * weight).sum()
+        box = ((1 - ciou) * weight).sum() / normaliser
         bins = head.box_logits.shape[-1] // 4
         if bins > 1:
             distances = unchecked(bbox2dist)(head.points[anchor], target, reg_max=bins)
-            dfl = (unchecked(dfl_loss)(head.box_logits[positive], distances) * weight).sum()
+            dfl = (unchecked(dfl_loss)(head.box_logits[positive], distances) * weight).sum() / normaliser
     dtype = torch.promote_types(head.cls_logits.dtype, torch.float32)
-    box, cls, dfl = ((p / normaliser).to(dtype) * gain for p, gain in zip((box, cls, dfl), gains, strict=True))
+    box, cls, dfl = (p.to(dtype) * gain for p, gain in zip((box, cls, dfl), gains, strict=True))
     return {"total": (box + cls + dfl) * num_images, "box": box.detach(), "cls": cls.detach(), "dfl": dfl.detach()}

@@ -59,7 +59,7 @@ def bench(
     clock, started = time.monotonic(), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     system, found = find_operation(operation)
     settings = Bench(device_named(device), dtype_named(dtype), seed, rounds, forward, setting)
-    chosen = _chosen(found.name, implementation or [], rival)
+    chosen = _chosen(found.name, implementation or [], rival, settings.device)
     calls = {one.name: one.load() for one in chosen}
     baseline = chosen[0].name
     usual = (STANDARD_ANCHORS[system.name], 20 if system.name == "ssd" else 80)
@@ -105,9 +105,9 @@ def bench(
         raise typer.Exit(1)
 
 
-def _chosen(operation: str, names: list[str], rival: str) -> list[Implementation]:
+def _chosen(operation: str, names: list[str], rival: str, device: str) -> list[Implementation]:
     """Implementations to time, the baseline first."""
-    found = [one for one in discover(Path("pyproject.toml")) if one.operation == operation]
+    found = [one for one in discover(Path("pyproject.toml"), device=device) if one.operation == operation]
     targets = [Implementation(operation, name, name) for name in names if ":" in name]
     known = {one.name for one in (*found, *targets)}
     if unknown := [name for name in names if name not in known]:

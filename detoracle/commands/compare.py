@@ -63,7 +63,7 @@ def compare(
     clock, started = time.monotonic(), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     settings = Settings(device_named(device), dtype_named(dtype), seed, time_limit)
     names = scenes or ["realistic"]
-    chosen = _chosen(operation or [], implementation or [])
+    chosen = _chosen(operation or [], implementation or [], settings.device)
     all_scenes = [scene for name in names for scene in scenes_named(name, seed=seed)]
     key = run_key(settings, names, chosen)
     with locked(out):
@@ -90,14 +90,14 @@ def compare(
         raise typer.Exit(1)
 
 
-def _chosen(operations: list[str], implementations: list[str]) -> Chosen:
+def _chosen(operations: list[str], implementations: list[str], device: str) -> Chosen:
     pairs = chosen_operations(operations)
     targets = [name for name in implementations if ":" in name]
     if targets and len(operations) != 1:
         raise InputError(
             "--implementation", expected="one --operation beside package.module:callable", got=str(len(operations))
         )
-    found = [*discover(Path("pyproject.toml")), *(Implementation(operations[0], t, t) for t in targets)]
+    found = [*discover(Path("pyproject.toml"), device=device), *(Implementation(operations[0], t, t) for t in targets)]
     known = {one.name for one in found}
     if unknown := [name for name in implementations if name not in known]:
         raise InputError("--implementation", expected=f"one of {', '.join(sorted(known))}", got=", ".join(unknown))

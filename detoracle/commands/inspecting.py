@@ -6,12 +6,13 @@ import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from detoracle.commands.common import write_json
-from detoracle.implementations.registry import discover
+from detoracle.implementations.registry import discover, unavailable
 from detoracle.properties.systems import every_operation, find_operation
 from detoracle.reference.contract import Argument, Operation, arguments_of, returns_of
 from detoracle.reference.quirks.ledger import ledger
@@ -24,7 +25,8 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write what is pr
 
 def list_(json: Json = None) -> None:
     """List all operations and who implements them."""
-    found = discover(Path("pyproject.toml"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = discover(Path("pyproject.toml"), device=device)
     table = Table("operation", "kind", "gradients to", "implementations", box=None)
     body = []
     for _, operation in every_operation():
@@ -32,6 +34,8 @@ def list_(json: Json = None) -> None:
         table.add_row(operation.name, operation.kind, " ".join(operation.gradients), " ".join(names))
         body.append({"operation": operation.name, "kind": operation.kind, "implementations": names})
     Console(soft_wrap=True).print(table)
+    for kind, reason in unavailable(device).items():
+        print(f"{kind}: not available: {reason}")
     write_json(json, body)
 
 

@@ -323,20 +323,22 @@ def loss(
 
     ciou = _iou(_sides(_decoded(chosen[:, :channels], point)), _sides(target.unbind(-1)))
     dtype = torch.promote_types(flat.dtype, torch.float32)
-    box = ((1 - ciou) * weight).sum(dtype=dtype)
+    normaliser = quality.sum(dtype=dtype).clamp(min=1)
+    box = ((1 - ciou) * weight).sum(dtype=dtype) / normaliser
+    box = box.where(listed.any(), 0.0)  # without a positive it is 0, whatever it would be divided by
     dfl = torch.zeros_like(box)
     if reg_max > 1:
         logits = torch.unflatten(chosen[:, :channels].mT, -1, (4, reg_max))
-        dfl = (_dfl(logits, bbox2dist(point, target, reg_max=reg_max)) * weight).sum(dtype=dtype)
+        dfl = (_dfl(logits, bbox2dist(point, target, reg_max=reg_max)) * weight).sum(dtype=dtype) / normaliser
+        dfl = dfl.where(listed.any(), 0.0)
     # Cross entropy with target t is softplus(x) - x t, and t is above 0 for one class of each positive.
     label = gt_labels.long().gather(1, matched).clamp(0, num_classes - 1)
     own = chosen[:, channels:].gather(1, label[:, None])[:, 0]
     background = F.softplus(flat[:, channels:], threshold=_LINEAR).sum(dtype=dtype)
-    cls = background - (own * weight).sum(dtype=dtype)
+    cls = (background - (own * weight).sum(dtype=dtype)) / normaliser
 
-    normaliser = quality.sum(dtype=dtype).clamp(min=1)
     gains = (box_gain, cls_gain, dfl_gain)
-    box, cls, dfl = (part / normaliser * gain for part, gain in zip((box, cls, dfl), gains, strict=True))
+    box, cls, dfl = (part * gain for part, gain in zip((box, cls, dfl), gains, strict=True))
     return {"total": (box + cls + dfl) * len(flat), "box": box.detach(), "cls": cls.detach(), "dfl": dfl.detach()}
 
 

@@ -310,6 +310,7 @@ def loss(
     )
 
     dtype = torch.promote_types(flat.dtype, torch.float32)
+    normaliser = assignment.quality.sum().clamp(min=1)
     box = cls = dfl = flat.new_zeros((), dtype=dtype)
     for image in range(len(flat)):
         target_scores = assignment.extra["scores"][image].to(flat.dtype)
@@ -321,16 +322,15 @@ def loss(
         weight = assignment.quality[image, positive]
         target = assignment.extra["boxes"][image, positive] / stride[positive, None]
         ciou = iou_ultralytics(boxes[image, positive], target, mode="ciou")[:, 0]
-        box = box + ((1 - ciou) * weight).sum()
+        box = box + ((1 - ciou) * weight).sum() / normaliser
 
         if reg_max > 1:
             wanted = bbox2dist(points[positive], target, reg_max=reg_max)
             focal = dfl_loss(box_logits[image, positive], wanted)
-            dfl = dfl + (focal * weight).sum()
+            dfl = dfl + (focal * weight).sum() / normaliser
 
-    normaliser = assignment.quality.sum().clamp(min=1)
-    box = box_gain * box / normaliser
+    box = box_gain * box
     cls = cls_gain * cls / normaliser
-    dfl = dfl_gain * dfl / normaliser
+    dfl = dfl_gain * dfl
     total = (box + cls + dfl) * len(flat)
     return {"total": total, "box": box.detach(), "cls": cls.detach(), "dfl": dfl.detach()}

@@ -232,7 +232,9 @@ def _losses(
     with torch.enable_grad():
         logits = _box_logits(maps, where, channels).requires_grad_()
         box, dfl = _box_losses(logits, positives, dtype)
-        box, dfl = box / normaliser * box_gain, dfl / normaliser * dfl_gain
+        box = box / normaliser * box_gain
+        if positives.reg_max > 1:  # a head without bins has no such part, not even 0 / NaN
+            dfl = dfl / normaliser * dfl_gain
         to_logits = torch.autograd.grad((box + dfl) * images, logits)[0] if with_gradients else logits
 
     gradients = [zeros(level.shape, like=level.new_empty(0, dtype=dtype)) for level in maps] if with_gradients else []

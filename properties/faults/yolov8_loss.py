@@ -117,8 +117,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "yolov8.loss-gains-swapped",
         "yolov8.loss",
-        "box = box_gain * box / normaliser",
-        "box = dfl_gain * box / normaliser",
+        "box = box_gain * box",
+        "box = dfl_gain * box",
         "stage 5: gains 7.5, 0.5, 1.5",
     ),
     Fault(

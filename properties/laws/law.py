@@ -148,4 +148,9 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
         return one is other
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
+    return torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    # A copy: a single element counts as contiguous whatever its stride, but cannot be viewed as bytes.
+    return tensor.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)

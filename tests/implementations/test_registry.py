@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-from detoracle.implementations.registry import ENTRY_POINTS, Implementation, discover, implements, load, marked_in
+from detoracle.implementations.registry import (
+    ENTRY_POINTS,
+    Implementation,
+    discover,
+    implements,
+    load,
+    marked_in,
+    preferred,
+    unavailable,
+)
 from detoracle.reference.errors import InputError
 
 MODULE = """
@@ -137,3 +147,29 @@ def test_every_built_in_can_be_loaded_and_is_unique() -> None:
     found = discover()
     assert all(callable(one.load()) for one in found)
     assert len({(one.operation, one.name) for one in found}) == len(found)
+
+
+# ----------------------------------------------------------------------------------------- what cannot run everywhere
+def test_kernels_for_a_gpu_are_not_listed_for_a_cpu() -> None:
+    assert "triton" not in {one.name for one in discover()}
+    assert unavailable("cpu") == {"triton": "needs a GPU"}
+    assert preferred("yolox.loss", device="cpu").name == "sparse"
+
+
+def test_kernels_are_listed_for_a_gpu() -> None:
+    pytest.importorskip("triton")
+    assert unavailable("cuda") == {}
+    assert "triton" in {one.name for one in discover(device="cuda") if one.operation == "yolox.assign"}
+    assert preferred("yolox.loss", device="cuda").name == "triton"
+    assert preferred("yolox.cost", device="cuda").name == "batched"
+
+
+def test_without_triton_plain_pytorch_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert unavailable("cuda") == {"triton": "needs the package triton: pip install detoracle[triton]"}
+    assert preferred("yolox.loss", device="cuda").name == "batched"
+
+
+def test_what_nobody_implements_is_named() -> None:
+    with pytest.raises(InputError, match=r"operation: expected one that is implemented, got 'yolox\.guess'"):
+        preferred("yolox.guess", device="cpu")
