@@ -99,7 +99,7 @@ def perform(
     for name, value, before_call in lists:
         if len(value) != len(before_call) or any(new is not old for new, old in zip(value, before_call, strict=True)):
             return Outcome(problem="mutated-input", message=f"the list {name} was written to")
-    return Outcome({name: output.detach().clone() for name, output in outputs.items()}, gradients)
+    return Outcome({name: output.detach() for name, output in outputs.items()}, gradients)
 
 
 _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {

@@ -68,10 +68,11 @@ def _operands(a: Any, b: Any) -> tuple[Operand, Operand, Precision]:
 
 
 def _certainly_nan(x: Tensor, *operands: Operand) -> Tensor:
-    """Where a NaN, come from these operands, comes from them in every evaluation."""
+    """Where a NaN, come from these operands, comes from them in every evaluation: in wider ones less overflows."""
     certain = torch.ones_like(x, dtype=torch.bool)
-    for _, error in operands:
-        certain = certain & torch.as_tensor(error == 0, device=x.device)
+    for value, error in operands:
+        finite = value.isfinite() if isinstance(value, Tensor) else True
+        certain = certain & torch.as_tensor(error == 0, device=x.device) & finite
     for value, error in operands:
         if isinstance(value, Tensor):
             certain = certain | (value.isnan() & torch.as_tensor(error == 0, device=x.device))

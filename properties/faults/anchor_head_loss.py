@@ -215,7 +215,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "anchor_head.ssd-box-mean",
         "anchor_head.ssd_loss",
-        "box.append(distance.sum() / (num_positives + _EPS))",
+        "box.append(distance.sum() / (int(num_positives) + _EPS))",
         "box.append(distance.mean())",
         "stage 9: over positives",
     ),

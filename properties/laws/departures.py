@@ -101,6 +101,10 @@ def _far_below(question: Question) -> bool:
     return not bool(((conf.amax(-1) - conf.max()).exp() >= torch.finfo(conf.dtype).tiny).all())
 
 
+def _nan_class(question: Question) -> bool:
+    return bool(question.arguments["conf"].isnan().any())
+
+
 def _no_weight(question: Question) -> bool:
     weight = question.arguments.get("weight")
     return weight is not None and not bool((weight > 0).any())
@@ -147,11 +151,18 @@ DEPARTURES: tuple[Departure, ...] = (
         _shared_best_prior,
     ),
     Departure(
-        ("split", "expanded", "chunked"),
+        ("split", "expanded"),
         ("ssd.log_sum_exp", "ssd.hard_negatives", "ssd.loss"),
         "rows far below the largest logit of the whole batch become -inf",
         "ragged-full",
         _far_below,
+    ),
+    Departure(
+        ("chunked",),
+        ("ssd.log_sum_exp",),
+        "a NaN anywhere makes the largest logit of the batch NaN",
+        "nan-class",
+        _nan_class,
     ),
     Departure(
         ("permute-gts",),

@@ -308,8 +308,6 @@ NAN, INFINITE, ZERO = (torch.tensor([x]) for x in (math.nan, math.inf, 0.0))
     "formula",
     [
         lambda x: x(ZERO) / x(ZERO),
-        lambda x: x(INFINITE) * 0 + x(ZERO),
-        lambda x: x(INFINITE) - x(INFINITE),
         lambda x: x(NAN) + CARRIED,
         lambda x: CARRIED * x(NAN),
         lambda x: CARRIED / x(NAN),
@@ -317,7 +315,6 @@ NAN, INFINITE, ZERO = (torch.tensor([x]) for x in (math.nan, math.inf, 0.0))
         lambda x: torch.maximum(x(NAN), CARRIED),
         lambda x: torch.cat([x(NAN), CARRIED]).sum(0),
         lambda x: torch.cat([x(NAN), CARRIED]).amax(0),
-        lambda x: torch.softmax(torch.cat([x(INFINITE), CARRIED]), 0)[0],
     ],
 )
 def test_a_nan_of_what_is_known_is_certain(formula: Callable[..., Any]) -> None:
@@ -329,6 +326,9 @@ def test_a_nan_of_what_is_known_is_certain(formula: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     "formula",
     [
+        lambda x: x(INFINITE) * 0 + x(ZERO),  # in a wider arithmetic it may be a number
+        lambda x: x(INFINITE) - x(INFINITE),
+        lambda x: torch.softmax(torch.cat([x(INFINITE), CARRIED]), 0)[0],
         lambda x: (CARRIED - 3) / x(ZERO),
         lambda x: (CARRIED - 3) * x(INFINITE),
         lambda x: x(ZERO) * Bounded(INFINITE.double(), INFINITE.double(), CARRIED.precision),
@@ -336,7 +336,7 @@ def test_a_nan_of_what_is_known_is_certain(formula: Callable[..., Any]) -> None:
         lambda x: torch.cat([x(ZERO), CARRIED - 3.25]).sqrt().sum(0),
     ],
 )
-def test_a_nan_of_what_carries_an_error_is_unknown(formula: Callable[..., Any]) -> None:
+def test_a_nan_of_what_carries_an_error_or_may_overflow_is_unknown(formula: Callable[..., Any]) -> None:
     found = formula(exact)
     assert found.value.isnan().all()
     assert found.error.isinf().all()
