@@ -88,7 +88,7 @@ def explain_cost(
         pairs = valid[:, None] & near[None]
         found = scene.cost(image, near, valid, soft_center_radius, iou_weight, where="rtmdet.cost")
         for target, source in zip((cost, iou), found, strict=True):
-            stored = source.precision.unit < target.precision.unit  # centres of mass are single precision, costs are not
+            stored = source.precision.unit < target.precision.unit  # centres of mass are single precision
             rounding = target.precision.unit * source.value.abs() if stored else 0.0
             target.value[image, pairs] = source.value.flatten()
             target.error[image, pairs] = (source.error + rounding).flatten()
