@@ -391,9 +391,12 @@ def _predictions() -> Iterator[Scene]:
         )
     for style, what in _NON_FINITE.items():
         yield _scene(style, f"{what}, at the first centre.", boxes, tags="non-finite", predictor=Predictor(style))
-    far = [(200, 210, 240, 250, 1)]
     yield _scene(
-        "nan-box-outside", "NaN where nothing is assigned.", far, tags="non-finite", predictor=Predictor("nan-box")
+        "nan-box-outside",
+        "NaN where nothing is assigned.",
+        [(200, 210, 240, 250, 1)],
+        tags="non-finite",
+        predictor=Predictor("nan-box"),
     )
 
 

@@ -20,8 +20,8 @@ def ragged(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_ragged_smallest_takes_what_a_stable_sort_of_each_row_takes(seed: int) -> None:
     keys, counts = ragged(seed)
     take = torch.randint(0, 12, counts.shape, generator=torch.Generator().manual_seed(seed))
-    given = ragged_smallest(keys, counts, take).split(counts.tolist())
-    for row, mask, number in zip(keys.split(counts.tolist()), given, take.tolist(), strict=True):
+    given = torch.split(ragged_smallest(keys, counts, take), counts.tolist())
+    for row, mask, number in zip(torch.split(keys, counts.tolist()), given, take.tolist(), strict=True):
         want = torch.zeros_like(mask)
         want[row.argsort(stable=True)[:number]] = True
         assert torch.equal(mask, want)

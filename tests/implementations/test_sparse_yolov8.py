@@ -128,7 +128,7 @@ def test_the_gradient_cannot_be_differentiated() -> None:
     leaves, weight = [level.requires_grad_() for level in given["raw"]], torch.ones((), requires_grad=True)
     gradients = torch.autograd.grad(sparse.loss(**given)["total"] * weight, leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradients[0].sum().backward()
+        torch.autograd.backward(gradients[0].sum())
 
 
 def test_gradients_are_scaled() -> None:

@@ -65,7 +65,7 @@ def test_right_in_other_dtypes(operation: str, dtype: torch.dtype) -> None:
 
 # ------------------------------------------------------------------------------------------------- to the last anchor
 def arguments(scene: Scene, flavour: str) -> dict[str, Any]:
-    return next(c.arguments for c in cases(YOLOX, OPERATIONS["yolox.assign"], scene) if flavour in c.name)
+    return next(dict(c.arguments) for c in cases(YOLOX, OPERATIONS["yolox.assign"], scene) if flavour in c.name)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -159,7 +159,7 @@ def test_gradients_are_there_again_and_not_twice() -> None:
     again = torch.autograd.grad(total, leaves, create_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        again[0].sum().backward()
+        torch.autograd.backward(again[0].sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost

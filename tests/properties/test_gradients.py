@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from detoracle.properties.gradients import RightGradient, in_float64, right_gradients, tensors_of
+from detoracle.properties.systems import find_operation
 from detoracle.reference import boxes
 from detoracle.reference.errors import UpstreamRaises
 
 PAIR = {"predicted": torch.tensor([[4.0, 4, 4, 4]]), "target": torch.tensor([[5.0, 5, 5, 5]]), "variant": "iou"}
-OPERATION = boxes.iou_loss_yolox.operation
+OPERATION = find_operation("boxes.iou_loss_yolox")[1]
 
 
 def right(call: Any = boxes.iou_loss_yolox) -> dict[str, RightGradient]:
@@ -30,7 +31,7 @@ def test_a_gradient_is_judged_in_the_dtype_under_test() -> None:
 def test_where_the_oracle_raises_beside_the_inputs_they_are_not_moved() -> None:
     def fragile(**given: Tensor) -> Tensor:
         if bool((given["target"] != 5).any()):
-            raise UpstreamRaises("x", "y", "z")
+            raise UpstreamRaises("x", expected="y", got="z", where="here")
         return boxes.iou_loss_yolox(**given)  # type: ignore[arg-type]
 
     gradient = right(fragile)["predicted"]

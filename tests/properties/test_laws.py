@@ -122,7 +122,7 @@ class ReadsStorage:
     """Takes the numbers as they lie in memory."""
 
     def __call__(self, predictions: Tensor, **arguments: Any) -> Any:
-        stored = torch.empty(0).set_(predictions.untyped_storage(), 0, (predictions.numel(),), (1,))  # type: ignore[call-overload]
+        stored = torch.empty(0).set_(predictions.untyped_storage(), 0, (predictions.numel(),), (1,))
         return yolox.assign(predictions=stored.reshape(predictions.shape), **arguments)
 
 

@@ -30,7 +30,7 @@ def tie(anchors: int, *counts: Count) -> Explanation:
 
 def first(explanation: Explanation, given: Tensor, loss: Any) -> list[int] | None:
     found = next(trained_assignment(explanation, loss(given), loss), None)
-    return None if found is None else found[0].tolist()  # type: ignore[no-any-return]
+    return None if found is None else found[0].tolist()
 
 
 def test_every_row_tells_on_its_own_whatever_the_loss_is_divided_by() -> None:

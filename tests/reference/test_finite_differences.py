@@ -62,7 +62,8 @@ def test_gradients_are_slopes(system: Any, operation: Operation) -> None:
             continue  # SSD without a positive divides by zero
         gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
         directions = [torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for leaf in leaves]
-        parts = [(g * d).flatten() for g, d in zip(gradients, directions, strict=True) if g is not None]
+        found: list[Tensor | None] = list(gradients)
+        parts = [(g * d).flatten() for g, d in zip(found, directions, strict=True) if g is not None]
         slope = torch.cat(parts).sum()
 
         def along(step: float, case: Any = case, directions: list[Tensor] = directions) -> Tensor:

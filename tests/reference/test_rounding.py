@@ -300,7 +300,7 @@ def test_clamped_logarithms_hold(p: float) -> None:
         assert all(held(torch.log1p(-e).clamp(min=-100), log_at_least(-bounded, -100.0, torch.log1p)) for e in ends)
 
 
-CARRIED = Bounded(torch.tensor([3.0]).double(), torch.tensor([0.5]).double(), Precision.of(torch.float32))
+CARRIED: Any = Bounded(torch.tensor([3.0]).double(), torch.tensor([0.5]).double(), Precision.of(torch.float32))
 NAN, INFINITE, ZERO = (torch.tensor([x]) for x in (math.nan, math.inf, 0.0))
 
 
