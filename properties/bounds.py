@@ -18,6 +18,7 @@ __all__ = [
     "VALUE_FACTOR",
     "gradient_bound",
     "outside",
+    "ulps_between",
     "value_bound",
 ]
 
@@ -123,3 +124,30 @@ def outside(given: Tensor, exact: Tensor, bound: Tensor) -> Tensor:
     same = (given == exact) | (given.isnan() & exact.isnan())
     near = (given - exact).abs() <= bound
     return ~(same | near | bound.isinf())
+
+
+def ulps_between(given: Tensor, exact: Tensor) -> Tensor:
+    """Distance of a result from the exact one, in units in the last place of the larger of the two.
+
+    Parameters
+    ----------
+    given : Tensor float
+        Its dtype is the one that the units are of.
+    exact : Tensor float64
+
+    Returns
+    -------
+    ulps : Tensor float64
+        Infinite where one is not finite and the other is not the same.
+
+    Examples
+    --------
+    >>> ulps_between(torch.tensor([1.5, torch.nan]), torch.tensor([1.5 + 2**-22, 0.0]).double()).tolist()
+    [2.0, inf]
+    """
+    info, wide = torch.finfo(given.dtype), given.detach().double()
+    largest = torch.maximum(wide.abs(), exact.double().abs())
+    power = torch.frexp(largest.clamp(min=info.smallest_normal))[1] - 1
+    distance = (wide - exact).abs() / torch.ldexp(torch.full_like(largest, info.eps), power)
+    same = (wide == exact) | (wide.isnan() & exact.isnan())
+    return distance.nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(same, 0.0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from detoracle.properties.bounds import outside, value_bound
+from detoracle.properties.bounds import outside, ulps_between, value_bound
 from detoracle.properties.gradients import RightGradient
 from detoracle.properties.outputs import Outcome
 from detoracle.reference.rounding import Bounded, Decision
@@ -27,17 +28,21 @@ class Finding:
     clause : str
         Such as ``yolox.assign[outcome]``.
     where : str
-        Position of the first wrong element.
+        Position of the wrong element, and of the worst one where several numbers are wrong.
     message : str
         What was expected, what came.
     count : int
         Number of wrong elements.
+    ulps : float
+        Error of that element in units in the last place; infinite where one of both is not finite, 0 if it is no
+        number.
     """
 
     clause: str
     where: str
     message: str
     count: int = 1
+    ulps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,19 @@ def compare(clause: str, given: Tensor, want: Any) -> list[Finding]:
         wrong = given.double() != exact.double()
     if not wrong.any():
         return []
-    position = tuple(wrong.nonzero()[0].tolist())
+    position, ulps = _worst(wrong, given, exact)
     within = f" +- {float(bound[position]):.3g}" if isinstance(want, Bounded) else ""
     message = f"expected {exact[position].item():.9g}{within}, got {given[position].item():.9g}"
-    return [Finding(clause, f"at {position}" if position else "", message, int(wrong.sum()))]
+    return [Finding(clause, f"at {position}" if position else "", message, int(wrong.sum()), ulps)]
+
+
+def _worst(wrong: Tensor, given: Tensor, exact: Tensor) -> tuple[tuple[int, ...], float]:
+    """Position of the largest error among the wrong elements, and that error in units in the last place, if any."""
+    if not given.is_floating_point():
+        return tuple(wrong.nonzero()[0].tolist()), 0.0
+    errors = ulps_between(given, exact).where(wrong, -1.0)
+    place = int(errors.argmax())
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(place), wrong.shape)), float(errors.flatten()[place])
 
 
 def compare_gradients(clauses: str, outcome: Outcome, expected: Mapping[str, RightGradient]) -> list[Finding]:
@@ -138,23 +152,20 @@ def compare_gradients(clauses: str, outcome: Outcome, expected: Mapping[str, Rig
     findings = []
     for name, right in expected.items():
         base, bracket, index = name.partition("[")
-        found = _gradient_finding(outcome.gradients.get(name), right)
+        found = _gradient_finding(f"{clauses}[gradient {base}]", outcome.gradients.get(name), right)
         if found is not None:
-            where, message, count = found
-            clause = f"{clauses}[gradient {base}]"
-            findings.append(Finding(clause, f"{bracket}{index} {where}".strip(), message, count))
+            findings.append(replace(found, where=f"{bracket}{index} {found.where}".strip()))
     return findings
 
 
-def _gradient_finding(given: Tensor | None, right: RightGradient) -> tuple[str, str, int] | None:
-    """Where, what and how often a gradient is wrong."""
+def _gradient_finding(clause: str, given: Tensor | None, right: RightGradient) -> Finding | None:
     if given is None:
-        return ("", "expected a gradient, got none", 1) if right.exact.nan_to_num().any() else None
+        return Finding(clause, "", "expected a gradient, got none") if right.exact.nan_to_num().any() else None
     if given.shape != right.exact.shape:
-        return "", f"expected shape {tuple(right.exact.shape)}, got {tuple(given.shape)}", 1
+        return Finding(clause, "", f"expected shape {tuple(right.exact.shape)}, got {tuple(given.shape)}")
     wrong = right.wrong(given)
     if not wrong.any():
         return None
-    at = tuple(wrong.nonzero()[0].tolist())
+    at, ulps = _worst(wrong, given, right.exact)
     message = f"expected {right.exact[at].item():.9g} +- {right.bound[at].item():.3g}, got {given[at].item():.9g}"
-    return f"at {at}" if at else "", message, int(wrong.sum())
+    return Finding(clause, f"at {at}" if at else "", message, int(wrong.sum()), ulps)

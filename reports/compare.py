@@ -27,6 +27,7 @@ from detoracle.reports.counters import count
 from detoracle.reports.environment import source_hash
 from detoracle.reports.picturing import picture_of
 from detoracle.reports.record import Measurement, Picture, Row, measurement
+from detoracle.reports.rows import row_of
 from detoracle.reports.timing import paired
 from detoracle.reports.workloads import hash_of
 
@@ -115,7 +116,7 @@ def compare_operation(
                     return outcomes[-1]
 
                 result = judge_case(case, expectation, call)
-                row = _row(operation, one, result)
+                row = row_of(operation.name, one.name, result)
                 if result.verdict.wrong and kept[one.name] < _MOST_FILES:
                     kept[one.name] += 1
                     row = replace(row, scene_file=_save(operation, one, result, folder, kept[one.name]))
@@ -131,27 +132,6 @@ def compare_operation(
 
 def _is_workload(scene: Scene) -> bool:
     return bool(scene.tags & {"realistic", "recorded"}) and scene.max_gts > 0
-
-
-def _row(operation: Operation, one: Implementation, result: Result) -> Row:
-    verdict, case = result.verdict, result.case
-    first = verdict.findings[0] if verdict.findings else None
-    return Row(
-        operation=operation.name,
-        implementation=one.name,
-        scene=case.scene.name,
-        setting=case.setting,
-        status=verdict.status,
-        clause=first.clause if first else "",
-        where=first.where if first else "",
-        message=first.message if first else "",
-        count=first.count if first else 0,
-        findings=len(verdict.findings),
-        positives=verdict.positives,
-        ambiguous=verdict.ambiguous,
-        note=verdict.note,
-        tags=" ".join(sorted(case.scene.tags)),
-    )
 
 
 def _save(operation: Operation, one: Implementation, result: Result, folder: Path, number: int) -> str:

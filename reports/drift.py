@@ -2,14 +2,15 @@
 
 It is made of what ``detoracle check --json`` wrote, one file for each release and operation, in folders
 ``package/release/operation.json``. A release drifts where it violates other clauses of an operation than the release
-before it; the oracle is the yardstick that both are held against, not the judge of which of them is better.
+before it; the oracle is the yardstick that both are held against, not the judge of which of them is better. A release
+that could not be had has a folder with ``absent.txt`` instead, which says why.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from detoracle.properties.scenefile import write_atomically
 from detoracle.reference.errors import InputError
 
-__all__ = ["Change", "Checked", "changes", "markdown", "read_checks", "write_atlas"]
+__all__ = ["Change", "Checked", "changes", "markdown", "read_absent", "read_checks", "write_atlas"]
 
 
 _INTRODUCTION = """\
@@ -168,7 +169,23 @@ def changes(checks: Sequence[Checked]) -> tuple[Change, ...]:
     )
 
 
-def markdown(checks: Sequence[Checked], pictures: Collection[str] = ()) -> str:
+def read_absent(folder: Path) -> dict[str, str]:
+    """Why some releases could not be had, by package and release.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "yolox" / "0.1.0" / "absent.txt"
+    >>> file.parent.mkdir(parents=True)
+    >>> _ = file.write_text("not in the registry\\n")
+    >>> read_absent(file.parents[2])
+    {'yolox 0.1.0': 'not in the registry'}
+    """
+    files = sorted(folder.glob("*/*/absent.txt"), key=lambda file: (file.parts[-3], _version(file.parts[-2])))
+    return {" ".join(file.parts[-3:-1]): file.read_text("utf-8").strip() for file in files}
+
+
+def markdown(checks: Sequence[Checked], pictures: Collection[str] = (), absent: Mapping[str, str] | None = None) -> str:
     """Write the atlas as Markdown: what changed when, then every release's departures with their smallest scenes.
 
     Parameters
@@ -177,6 +194,8 @@ def markdown(checks: Sequence[Checked], pictures: Collection[str] = ()) -> str:
         In `read_checks`'s order.
     pictures : collection of str
         Files of scenes that have a picture beside them.
+    absent : mapping of str to str, optional
+        From `read_absent`.
 
     Returns
     -------
@@ -200,6 +219,8 @@ def markdown(checks: Sequence[Checked], pictures: Collection[str] = ()) -> str:
             departs = ", ".join(f"{_code(f['clause'])} ({f['times']})" for f in one.failures) or "nothing"
             lines.append(f"| `{one.operation}` | {one.release} | {sum(one.counts.values())} | {departs} |")
         lines += ["", *(line for one in mine for failure in one.failures for line in _told(one, failure, pictures))]
+    if absent:
+        lines += ["", "## Releases that could not be had", "", *(f"- {name}: {why}." for name, why in absent.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -236,9 +257,10 @@ def write_atlas(folder: Path, out: Path) -> None:
         stale.unlink()
     for name in [*scenes, *map(_picture, pictures)]:
         write_atomically(out / name, (folder / name).read_text("utf-8"))
+    absent = read_absent(folder)
     body = {"checks": [asdict(one) for one in checks], "changes": [asdict(change) for change in changes(checks)]}
-    write_atomically(out / "atlas.json", json.dumps(body, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(out / "atlas.md", markdown(checks, pictures))
+    write_atomically(out / "atlas.json", json.dumps({**body, "absent": absent}, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(out / "atlas.md", markdown(checks, pictures, absent))
 
 
 if __name__ == "__main__":

@@ -137,20 +137,20 @@ def changes(
 
 
 def _verdicts(before: Sequence[Row], after: Sequence[Row]) -> Iterator[Change]:
-    def name(row: Row) -> tuple[str, str, str, str]:
-        return row.operation, row.implementation, row.scene, row.setting
+    def name(row: Row) -> tuple[str, ...]:
+        return row.operation, row.implementation, row.scene, row.setting, row.law
 
     now = {name(row): row for row in after}
     for row in before:
-        where = f"{row.scene} ({row.setting})" if row.setting else row.scene
         found = now.get(name(row))
         if found is None:
-            yield _missing("verdict", row, where)
+            yield _missing("verdict", row, row.place)
         elif found.status != row.status and not {found.status, row.status} <= _RIGHT:
             worse = badness(found.status) > badness(row.status)
             outcome: Outcome = "worse" if worse else "better"
             now_is = f"{found.status} {found.clause}".strip()
-            yield Change("verdict", row.operation, row.implementation, where, outcome, row.status, now_is, fails=worse)
+            facts = row.operation, row.implementation, row.place, outcome, row.status, now_is
+            yield Change("verdict", *facts, fails=worse)
 
 
 def _missing(kind: Literal["verdict", "counter"], one: Row | Measurement, where: str) -> Change:

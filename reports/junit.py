@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from xml.etree import ElementTree as ET
 
-from detoracle.reports.record import Report, Row
+from detoracle.reports.record import KNOWN_FAILURE, Report, Row
 from detoracle.reports.text import short, visible
 
 __all__ = ["junit_of"]
 
+_SKIPPED = ("undefined", KNOWN_FAILURE)
 # XML cannot hold these two at all; all else that it cannot hold, `visible` escapes.
 _NO_XML = str.maketrans({0xFFFE: r"\ufffe", 0xFFFF: r"\uffff"})
 
@@ -25,8 +26,8 @@ def junit_of(report: Report) -> str:
     -------
     str
         XML. A case has its operation as class name, and ``clause/scene (setting)`` as name; without a finding there is
-        no clause to name. Findings are failures, whose type is the status; undefined cases are skipped; an ambiguous
-        one passes, and says so in its output.
+        no clause to name. Findings are failures, whose type is the status; undefined cases and known failures are
+        skipped; an ambiguous one passes, and says so in its output.
 
     Examples
     --------
@@ -49,13 +50,12 @@ def junit_of(report: Report) -> str:
 
 
 def _counts(rows: list[Row] | tuple[Row, ...]) -> dict[str, str]:
-    failures, skipped = sum(row.wrong for row in rows), sum(row.status == "undefined" for row in rows)
+    failures, skipped = sum(row.wrong for row in rows), sum(row.status in _SKIPPED for row in rows)
     return {"tests": str(len(rows)), "failures": str(failures), "errors": "0", "skipped": str(skipped)}
 
 
 def _add(suite: ET.Element, row: Row) -> None:
-    scene = f"{row.scene} ({row.setting})" if row.setting else row.scene
-    name = f"{row.clause}/{scene}" if row.clause else scene
+    name = f"{row.clause}/{row.place}" if row.clause else row.place
     case = ET.SubElement(suite, "testcase", {"classname": _text(row.operation), "name": _text(name)})
     case.tail = "\n"
     if row.wrong:
@@ -63,7 +63,7 @@ def _add(suite: ET.Element, row: Row) -> None:
         replay = f"detoracle replay {row.scene_file}" if row.scene_file else ""
         lines = (row.clause, row.where, row.message, f"{row.count} wrong elements" if row.count else "", replay)
         failure.text = "\n".join(_text(line) for line in lines if line)
-    elif row.status == "undefined":
+    elif row.status in _SKIPPED:
         ET.SubElement(case, "skipped", {"message": _text(row.note or row.status)})
     elif row.status == "ambiguous":
         output = ET.SubElement(case, "system-out")

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 
-from detoracle.reports.record import Measurement, Report, Row
+from detoracle.reports.record import KNOWN_FAILURE, Measurement, Report, Row
 from detoracle.reports.tally import Cell, Tally
 from detoracle.reports.text import short, visible
 
@@ -22,7 +22,7 @@ MOST_BYTES = 60_000
 _MOST_LINES = 40  # of each table; fewer where names are long
 _MOST_COLUMNS = 12
 _MOST_SHOWN = 100  # characters of a name
-_MARKS = {"equal": "✓", "ambiguous": "≈", "undefined": "○"}
+_MARKS = {"equal": "✓", "ambiguous": "≈", "undefined": "○", KNOWN_FAILURE: "△"}
 _ACTIVE = re.compile(r"[^\w ,;/()%.+-]|_|(?<=www)\.", re.IGNORECASE)
 
 
@@ -45,7 +45,7 @@ def summary_of(report: Report) -> str:
     >>> print(summary_of(Report("t", "c", "2026-01-01T00:00:00Z", 1.0, 0, {}, rows)))
     ### ✓ detoracle: no findings
     <BLANKLINE>
-    1 operation × 1 implementation, 1 check: 1 equal, 0 ambiguous, 0 undefined, 0 findings.
+    1 operation × 1 implementation, 1 check: 1 equal, 0 ambiguous, 0 undefined, 0 expected to fail, 0 findings.
     <BLANKLINE>
     | operation | <code>mine</code> |
     | --- | --- |
@@ -106,10 +106,9 @@ def _cell(cell: Cell | None) -> str:
 def _findings(rows: Sequence[Row], most: int) -> list[str]:
     lines = []
     for row in rows[:most]:
-        where = f"{row.scene} ({row.setting})" if row.setting else row.scene
         replay = _code(f"detoracle replay {shlex.quote(visible(row.scene_file))}") if row.scene_file else ""
         what = f"{row.where} {row.message}".strip()
-        lines.append([_code(row.clause or row.status), _code(row.implementation), _code(where), _code(what), replay])
+        lines.append([*map(_code, (row.clause or row.status, row.implementation, row.place, what)), replay])
     return _table(["clause", "implementation", "scene", "finding", "replay"], lines, len(rows))
 
 

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from detoracle.reports.growing import growth_plots
 from detoracle.reports.layout import laid_out
 from detoracle.reports.picture import draw
-from detoracle.reports.record import Measurement, Picture, Report, Row
+from detoracle.reports.record import KNOWN_FAILURE, Measurement, Picture, Report, Row
 from detoracle.reports.tally import Cell, Tally
 from detoracle.reports.text import visible
 
@@ -32,7 +32,7 @@ MOST_BYTES = 3_000_000
 _PICTURES = MOST_BYTES // 2  # bytes
 _MOST_NOTES = 50
 _MOST_LINES = 500  # of a table
-_SYMBOLS = {"equal": "✓", "ambiguous": "≈", "undefined": "○"}
+_SYMBOLS = {"equal": "✓", "ambiguous": "≈", "undefined": "○", KNOWN_FAILURE: "△"}
 
 
 def render(report: Report) -> str:
@@ -148,6 +148,7 @@ def _axis(ratio: float) -> float:
 _FILTERS: Mapping[str, Callable[..., Any]] = {
     "share": lambda part, whole: f"{part / whole:.2%}" if whole else "–",
     "percent": lambda share: f"{share:.1%}",
+    "ulps": lambda value: f"{value:,.3g} units in the last place" if math.isfinite(value) else "not finite",
     "exponent": lambda value: f"{value:.2f}",
     "symbol": lambda status: _SYMBOLS.get(status, "✗"),
     "kind": lambda status: status if status in _SYMBOLS else "finding",

@@ -17,6 +17,7 @@ from detoracle.reports.plain import from_plain, to_plain
 from detoracle.reports.timing import Timing
 
 __all__ = [
+    "KNOWN_FAILURE",
     "SCHEMA",
     "Growth",
     "Measurement",
@@ -32,6 +33,9 @@ __all__ = [
 
 SCHEMA = 1
 
+KNOWN_FAILURE = "known-failure"
+"""Status of a finding that a list of known failures expects."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -41,7 +45,7 @@ class Row:
     ----------
     operation, implementation, scene, setting : str
     status : str
-        equal, ambiguous, different, raised, mutated-input, timeout, undefined.
+        equal, ambiguous, different, raised, mutated-input, timeout, undefined, known-failure.
     clause, where, message : str
         Of the first finding; empty without one.
     count : int
@@ -51,11 +55,15 @@ class Row:
     positives, ambiguous : int
         Assigned anchors; anchors with more than one right outcome among them.
     note : str
-        What an undefined or ambiguous verdict is about.
+        What an undefined or ambiguous verdict is about, or why a failure is known.
     tags : str
         The scene's tags, separated by blanks.
     scene_file : str
         Replayable scene, relative to the report's folder; only for a finding.
+    law : str
+        Law or trial that was judged on the case; empty for the case itself.
+    ulps : float
+        Largest error of the first finding, in units in the last place; 0 if it is not about numbers.
     """
 
     operation: str
@@ -73,11 +81,19 @@ class Row:
     note: str = ""
     tags: str = ""
     scene_file: str = ""
+    law: str = ""
+    ulps: float = 0.0
+
+    @property
+    def place(self) -> str:
+        """Scene, and in brackets the setting and the law."""
+        inside = ", ".join(text for text in (self.setting, self.law) if text)
+        return f"{self.scene} ({inside})" if inside else self.scene
 
     @property
     def wrong(self) -> bool:
         """Is this a finding?"""
-        return self.status not in ("equal", "ambiguous", "undefined")
+        return self.status not in ("equal", "ambiguous", "undefined", KNOWN_FAILURE)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def csv_of(kind: type[Row] | type[Measurement], records: Iterable[Row | Measurem
     Examples
     --------
     >>> print(csv_of(Row, [Row("yolox.assign", "=cmd()", "a\nb", "", "equal", count=-1)]).splitlines()[1])
-    yolox.assign,'=cmd(),a\nb,,equal,,,,-1,0,0,0,,,
+    yolox.assign,'=cmd(),a\nb,,equal,,,,-1,0,0,0,,,,,0.0
     """
     columns = [field.name for field in fields(kind)]
     frame = pd.DataFrame.from_records([vars(record) for record in records], columns=columns)

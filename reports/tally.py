@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from detoracle.reports.record import Row
+from detoracle.reports.record import KNOWN_FAILURE, Row
 
 __all__ = ["Cell", "Tally", "badness"]
 
-_ORDER = ("equal", "ambiguous", "undefined", "different", "mutated-input", "raised", "timeout")  # from good to bad
+# From good to bad.
+_ORDER = ("equal", "ambiguous", "undefined", KNOWN_FAILURE, "different", "mutated-input", "raised", "timeout")
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Tally:
     >>> tally.systems["yolox"], tally.implementations, tally.cells["yolox.loss", "mine"].worst
     (['yolox.assign', 'yolox.loss'], ['mine'], 'raised')
     >>> tally.sentence
-    '2 operations × 1 implementation, 2 checks: 1 equal, 0 ambiguous, 0 undefined, 1 finding'
+    '2 operations × 1 implementation, 2 checks: 1 equal, 0 ambiguous, 0 undefined, 0 expected to fail, 1 finding'
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
@@ -148,7 +149,8 @@ class Tally:
         return (
             f"{_count(len(self.operations), 'operation')} × {_count(len(self.implementations), 'implementation')}, "
             f"{_count(counts.total(), 'check')}: {counts['equal']:,} equal, {counts['ambiguous']:,} ambiguous, "
-            f"{counts['undefined']:,} undefined, {_count(self.findings, 'finding')}"
+            f"{counts['undefined']:,} undefined, {counts[KNOWN_FAILURE]:,} expected to fail, "
+            f"{_count(self.findings, 'finding')}"
         )
 
     @cached_property

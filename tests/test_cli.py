@@ -16,6 +16,7 @@ from detoracle.cli import main
 from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.faults.fault import faults_of
 from detoracle.properties.scenefile import SavedScene, read_scene, write_scene
+from detoracle.reports.writing import read_report
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMANDS = ["list", "describe", "env", "compare", "check", "certify", "bench", "gate", "golden", "replay", "explain"]
@@ -193,7 +194,9 @@ def test_check_replay_and_known_failures(run: Run, tmp_path: Path) -> None:
     assert isinstance(body, dict)
     assert body["verdict"] == "wrong"
     assert {failure["clause"] for failure in body["failures"]} == {"yolox.decode[predictions]"}
-    [file] = (tmp_path / "failing").iterdir()
+    [file] = (tmp_path / "failing").glob("*.scene.json")
+    finding = read_report(tmp_path / "failing").findings[0]
+    assert (finding.scene_file, finding.ulps > 1) == (file.name, True)
     assert f"detoracle replay {body['failures'][0]['file']}" in found.out
     assert read_scene(file).implementation == "stranger:wrong"
 
@@ -210,7 +213,10 @@ def test_a_known_failure_is_accepted_until_it_expires_or_is_gone(run: Run, tmp_p
     (tmp_path / "known.toml").write_text(listed.format("2999-01-31"))
     (tmp_path / "old.toml").write_text(listed.format("1999-01-31"))
     check = ["check", "yolox.decode", "stranger:wrong", "--examples", 0]
-    assert run(*check, "--known-failures", "known.toml").code == 0
+    assert run(*check, "--known-failures", "known.toml", "--out", "known").code == 0
+    report = read_report(tmp_path / "known")
+    assert {row.status for row in report.rows if row.clause} == {"known-failure"}
+    assert len({row.place for row in report.rows}) == len(report.rows)
     expired = run(*check, "--known-failures", "old.toml")
     assert (expired.code, "expired on 1999-01-31" in expired.out) == (1, True)
     gone = run("check", "yolox.decode", "stranger:right", "--examples", 0, "--known-failures", "known.toml")
@@ -224,7 +230,7 @@ def test_a_right_one_is_0(run: Run, tmp_path: Path) -> None:
     found = run("check", "yolox.decode", "stranger:right", "--examples", 2)
     assert found.code == 0
     assert "yolox.decode by stranger:right: right" in found.out
-    assert not (tmp_path / "detoracle-check").exists()
+    assert not list((tmp_path / "detoracle-check").glob("*.scene.json"))
 
 
 def test_a_scene_that_names_no_implementation_asks_for_one(run: Run, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from detoracle.commands.common import device_named, dtype_named, write_json
+from detoracle.commands.common import device_named, dtype_named, write_json, written_command
 from detoracle.properties.checking import Result, smallest_failure
 from detoracle.properties.examination import MOST_TIMEOUTS, examine, scenes_of_examination
 from detoracle.properties.known_failures import KnownFailure, problems, read_known_failures
@@ -20,6 +23,10 @@ from detoracle.properties.systems import System, find_operation
 from detoracle.properties.trials import Subject
 from detoracle.properties.worker import Worker
 from detoracle.reference.contract import Operation
+from detoracle.reports.environment import environment
+from detoracle.reports.record import Report, Row
+from detoracle.reports.rows import row_of
+from detoracle.reports.writing import locked, write_report
 
 __all__ = ["check"]
 
@@ -32,18 +39,20 @@ def check(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     known_failures: Annotated[Path | None, typer.Option(help="TOML list of failures to expect.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for failing scenes.")] = Path("detoracle-check"),
+    out: Annotated[Path, typer.Option(help="Folder of the report and of failing scenes.")] = Path("detoracle-check"),
     time_limit: Annotated[float, typer.Option(help="Seconds one call may take.")] = 60.0,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Check a third party's callable on edge cases and random scenes, against the oracle and the laws in turn.
 
-    Writes the smallest failing scene of each violated clause; exit code 1 if there is one that is not known.
+    Writes a report, and the smallest failing scene of each violated clause; exit code 1 if there is one that is not
+    known.
     """
+    clock, started = time.monotonic(), datetime.now(UTC)
     system, found = find_operation(operation)
     entries = read_known_failures(known_failures) if known_failures else ()
     place: dict[str, Any] = {"device": device_named(device), "dtype": dtype_named(dtype)}
-    with Worker(time_limit=time_limit) as worker:
+    with locked(out), Worker(time_limit=time_limit) as worker:
         worker.require(implementation)
 
         def call(arguments: Any) -> Any:
@@ -58,7 +67,17 @@ def check(
             print(f"stopped after {MOST_TIMEOUTS} time-outs")
         failures = [result for result in results if result.verdict.wrong]
         saved = list(_save(system, found, implementation, _unknown(failures, entries), call, out))
-    _conclude(found, implementation, results, entries, saved, seed, json)
+        report = Report(
+            title=f"{operation} by {implementation}",
+            command=written_command(sys.argv),
+            started=started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            seconds=round(time.monotonic() - clock, 1),
+            seed=seed,
+            environment=environment(),
+            rows=tuple(_rows(found, implementation, results, entries, saved)),
+        )
+        page = write_report(report, out)
+    _conclude(found, implementation, results, entries, saved, seed, page, json)
 
 
 def _unknown(failures: list[Result], entries: tuple[KnownFailure, ...]) -> list[Result]:
@@ -82,6 +101,20 @@ def _save(
         yield {"clause": clause, "scene": failure.case.name, "file": str(path), "findings": texts, "times": times}
 
 
+def _rows(
+    operation: Operation,
+    implementation: str,
+    results: list[Result],
+    entries: tuple[KnownFailure, ...],
+    saved: Sequence[dict[str, Any]],
+) -> Iterator[Row]:
+    """All results; the first failure of a clause names the file of the smallest one."""
+    files = {failure["clause"]: Path(failure["file"]).name for failure in saved}
+    for result in results:
+        row = row_of(operation.name, implementation, result, entries)
+        yield replace(row, scene_file=files.pop(row.clause)) if row.wrong and row.clause in files else row
+
+
 def _conclude(
     operation: Operation,
     implementation: str,
@@ -89,10 +122,11 @@ def _conclude(
     entries: tuple[KnownFailure, ...],
     saved: list[dict[str, Any]],
     seed: int,
+    page: Path,
     json: Path | None,
 ) -> None:
     failures = [(r.clause, r.case.scene.name, r.case.setting) for r in results if r.verdict.wrong]
-    stale = problems(entries, failures, datetime.datetime.now(datetime.UTC).date())
+    stale = problems(entries, failures, datetime.now(UTC).date())
     counts: dict[str, int] = {}
     for result in results:
         counts[result.verdict.status] = counts.get(result.verdict.status, 0) + 1
@@ -112,6 +146,7 @@ def _conclude(
     asked = f"{len(results) - laws - tried} cases, {laws} laws and {tried} trials with seed {seed}"
     print(f"{operation.name} by {implementation}: {verdict} ({asked}: {summary})")
     body = {"operation": operation.name, "implementation": implementation, "verdict": verdict, "counts": counts}
+    print(f"report: {page}")
     write_json(json, {**body, "seed": seed, "failures": saved, "known_failures": stale})
     if verdict == "wrong":
         raise typer.Exit(1)

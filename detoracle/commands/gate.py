@@ -21,7 +21,7 @@ from detoracle.reference.errors import InputError
 from detoracle.reports.characteristics import measure_gate
 from detoracle.reports.gate import Change, changes, environment_key
 from detoracle.reports.history import append
-from detoracle.reports.record import Measurement, Report
+from detoracle.reports.record import KNOWN_FAILURE, Measurement, Report
 from detoracle.reports.writing import read_report, write_report
 
 __all__ = ["gate"]
@@ -83,7 +83,7 @@ def _known(path: Path | None, report: Report) -> list[str]:
     """Known failures that are out of date or match nothing."""
     if path is None:
         return []
-    failures = [(row.clause, row.scene, row.setting) for row in report.findings]
+    failures = [(row.clause, row.scene, row.setting) for row in report.rows if row.wrong or row.status == KNOWN_FAILURE]
     return problems(read_known_failures(path), failures, datetime.datetime.now(datetime.UTC).date())
 
 

@@ -54,6 +54,18 @@ def test_atlas_holds_the_scenes_and_pictures_that_it_names(tmp_path: Path) -> No
     assert "([scene](package/1.0/a-2.scene.json)):" in text
 
 
+def test_atlas_names_releases_that_could_not_be_had(tmp_path: Path) -> None:
+    _write(tmp_path / "in", "1.0")
+    for release in ["0.10", "0.9"]:
+        (tmp_path / "in" / "package" / release).mkdir()
+        (tmp_path / "in" / "package" / release / "absent.txt").write_text("not in the registry\n", "utf-8")
+    write_atlas(tmp_path / "in", tmp_path / "out")
+    absent = json.loads((tmp_path / "out" / "atlas.json").read_text("utf-8"))["absent"]
+    assert list(absent.items()) == [("package 0.9", "not in the registry"), ("package 0.10", "not in the registry")]
+    text = (tmp_path / "out" / "atlas.md").read_text("utf-8")
+    assert text.endswith("- package 0.9: not in the registry.\n- package 0.10: not in the registry.\n")
+
+
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
 def test_file_that_is_no_check_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "p" / "1.0").mkdir(parents=True)
