@@ -24,7 +24,7 @@ __all__ = ["RightGradient", "in_float64", "right_gradients", "tensors_of"]
 
 _DRAWS = 2  # times that all numbers are moved at first ...
 _MOST_DRAWS = 16  # ... and at most, before a gradient is wrong
-_CLEARLY_WRONG = 16.0  # times the bound, from where no more draws are asked for
+_CLEARLY_WRONG = 16.0  # times its bound, and beyond every other's too: from there no more draws are asked for
 
 
 @dataclass(eq=False)
@@ -48,17 +48,22 @@ class RightGradient:
 
     def wrong(self, given: Tensor) -> Tensor:
         """Elements of a gradient of the same shape that are out of bounds."""
-        wrong = self._outside(given)
-        while bool(wrong.any()) and not bool(self._outside(given, _CLEARLY_WRONG).any()):
+        wrong = self._outside(given, self.bound)
+        while bool(wrong.any()) and not self._clearly_wrong(given):
             wider = next(self.more, None)
             if wider is None:
                 break
             self.bound = torch.maximum(self.bound, wider)
-            wrong = self._outside(given)
+            wrong = self._outside(given, self.bound)
         return wrong
 
-    def _outside(self, given: Tensor, times: float = 1.0) -> Tensor:
-        return outside(given, self.exact, times * self.bound) & self.judged
+    def _clearly_wrong(self, given: Tensor) -> bool:
+        # Where all is cancellation, an element that no draw has moved yet may err as much as one that was moved.
+        largest = self.bound.nan_to_num(posinf=0.0).amax()
+        return bool(self._outside(given, torch.maximum(_CLEARLY_WRONG * self.bound, largest)).any())
+
+    def _outside(self, given: Tensor, bound: Tensor) -> Tensor:
+        return outside(given, self.exact, bound) & self.judged
 
 
 def right_gradients(
@@ -100,7 +105,7 @@ def right_gradients(
         """Gradients to all inputs when they and all results have moved; none where the oracle raises there."""
         while len(moves) <= number:
             moved = _moved(double, dtype, len(moves))
-            with Shaken(dtype, len(moves)):
+            with Shaken(dtype, *_pair(len(moves))):
                 moves.append(perform(operation, call, moved).gradients)
         return moves[number]
 
@@ -160,10 +165,16 @@ def _floats(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def _pair(draw: int) -> tuple[int, int]:
+    """Seed and sign of a draw: the second of a pair moves the other way, across whatever the first stayed before."""
+    return draw // 2, 1 - 2 * (draw % 2)
+
+
 def _moved(arguments: Mapping[str, Any], dtype: torch.dtype, draw: int) -> dict[str, Any]:
     """Every float up or down by one rounding, at random."""
-    generator = torch.Generator().manual_seed(draw)
-    unit = torch.finfo(dtype).eps / 2
+    seed, sign = _pair(draw)
+    generator = torch.Generator().manual_seed(seed)
+    unit = sign * torch.finfo(dtype).eps / 2
 
     def move(tensor: Tensor) -> Tensor:
         direction = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1

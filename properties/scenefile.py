@@ -19,7 +19,7 @@ from torch import Tensor
 
 from detoracle.reference.errors import InputError
 
-__all__ = ["FORMAT", "SavedScene", "read_scene", "write_atomically", "write_scene"]
+__all__ = ["FORMAT", "UNFINISHED", "SavedScene", "read_scene", "write_atomically", "write_scene"]
 
 FORMAT = "detoracle-scene/1"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (
@@ -73,6 +73,10 @@ def write_scene(path: Path, scene: SavedScene) -> None:
     write_atomically(path, json.dumps(body, indent=1, sort_keys=True, ensure_ascii=True) + "\n")
 
 
+UNFINISHED = ".part"
+"""What the names of files end in that are being written; a killed run leaves one behind."""
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the whole new one, never half.
 
@@ -89,7 +93,7 @@ def write_atomically(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=UNFINISHED)
         try:
             with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
                 file.write(text)

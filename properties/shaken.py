@@ -64,6 +64,8 @@ class Shaken(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch lea
         Whose unit.
     seed : int
         Decides the directions.
+    sign : int
+        -1 turns them all around.
 
     Examples
     --------
@@ -74,9 +76,9 @@ class Shaken(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch lea
     True
     """
 
-    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, dtype: torch.dtype, seed: int, sign: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # ditto
-        self._unit = torch.finfo(dtype).eps / 2
+        self._unit = sign * torch.finfo(dtype).eps / 2
         self._generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:

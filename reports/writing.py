@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from detoracle.properties.scenefile import write_atomically
+from detoracle.properties.scenefile import UNFINISHED, write_atomically
 from detoracle.reference.errors import InputError
 from detoracle.reports.badge import badge_of
 from detoracle.reports.junit import junit_of
@@ -134,7 +134,7 @@ def _json(body: Mapping[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------- one at a time
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a folder for this process; a lock that its owner left behind when it died is taken over.
+    """Keep a folder for this process; of an owner that died, its lock is taken over and its half-written files removed.
 
     Within one process it may be held again, so that a run can hold it from its first scene file to its page.
 
@@ -192,6 +192,8 @@ def _take(lock: Path) -> bool:
                 fix=f"Wait for it, choose another folder, or delete {lock} if no run is under way.",
             ) from None
         lock.unlink(missing_ok=True)
+        for half_written in lock.parent.rglob(f".*{UNFINISHED}"):
+            half_written.unlink(missing_ok=True)
         return _take(lock)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -285,3 +286,8 @@ def test_faults_prints_the_kill_matrix(run: Run, tmp_path: Path, monkeypatch: py
     assert found.code == 0
     assert "3 of 3 faults caught" in found.out
     assert run("faults", "--system", "nonsense").code == 2
+
+
+def test_the_package_is_a_program_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "detoracle", "--help"], capture_output=True, text=True, check=True)
+    assert "compare" in done.stdout

@@ -63,3 +63,14 @@ def test_only_what_may_be_right_is_asked_about_again(given: float, wrong: bool, 
 def test_all_tensors_are_taken_to_float64() -> None:
     arguments = {"raw": [torch.ones(2), torch.ones(3)], "labels": torch.ones(1).long(), "strides": [8]}
     assert [t.dtype for t in tensors_of(in_float64(arguments))] == [torch.float64, torch.float64, torch.int64]
+
+
+def test_the_noise_of_what_cancels_is_no_gradient_and_no_error() -> None:
+    """Boxes that do not meet: enclosure over enclosure is 1, and its slope 0, but for what rounding leaves of it."""
+    centres = torch.rand(50, 2, generator=torch.Generator().manual_seed(0)) * 50
+    predicted = torch.cat([centres, centres % 7 + 20.3], 1)
+    arguments = {"predicted": predicted, "target": predicted + 300.1, "variant": "giou_tutorial"}
+    gradient = right_gradients(OPERATION, boxes.iou_loss_yolox, arguments, torch.float32)["predicted"]
+    assert gradient.exact.abs().max() < 1e-15
+    assert not gradient.wrong(gradient.exact.float() + 4e-19).any()
+    assert gradient.wrong(gradient.exact.float() + 1e-6).any()

@@ -97,3 +97,9 @@ def test_stale_entries_are_problems(today: datetime.date, expired: bool, fails: 
     assert len(found) == expired + (not fails)
     if expired:
         assert "expired on 2027-01-31: because (ours/1)" in found[0]
+
+
+@pytest.mark.parametrize(("scene", "problem"), [("random *", False), ("random 0-1", True), ("*", True)])
+def test_an_entry_for_scenes_that_a_seed_may_not_draw_may_match_nothing(scene: str, problem: bool) -> None:
+    entry = KnownFailure("a[b]", "because", "ours/1", DAY, scene)
+    assert bool(problems((entry,), [("a[b]", "crowd")] * (scene != "*"), DAY)) is problem

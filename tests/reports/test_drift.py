@@ -23,6 +23,7 @@ def _write(folder: Path, release: str, *failures: dict[str, Any]) -> None:
     (target / "a.assign.json").write_text(json.dumps(body), "utf-8")
     for failure in failures:
         (target / Path(failure["file"]).name).write_text("{}", "utf-8")
+    (target / "results.json").write_text("{}", "utf-8")  # the check's own report
 
 
 def test_changes_follow_releases_not_names(tmp_path: Path) -> None:
@@ -69,8 +70,8 @@ def test_atlas_names_releases_that_could_not_be_had(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
 def test_file_that_is_no_check_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "p" / "1.0").mkdir(parents=True)
-    (tmp_path / "p" / "1.0" / "x.json").write_text(text, "utf-8")
-    with pytest.raises(InputError, match=r"x\.json: expected what 'detoracle check --json' writes"):
+    (tmp_path / "p" / "1.0" / "x.y.json").write_text(text, "utf-8")
+    with pytest.raises(InputError, match=r"x.y\.json: expected what 'detoracle check --json' writes"):
         read_checks(tmp_path)
 
 

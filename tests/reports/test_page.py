@@ -160,8 +160,8 @@ def test_the_verdict_counts_all_rows() -> None:
     (verdict,) = PAGE.all("div", class_="verdict")
     assert verdict.text == (
         f"✗ {findings} findings 6 operations × 3 implementations, {len(FULL.rows)} checks: {counts['equal']} equal, "
-        f"{counts['ambiguous']} ambiguous, {counts['undefined']} undefined, {counts['known-failure']} expected to fail, "
-        f"{findings} findings."
+        f"{counts['ambiguous']} ambiguous, {counts['undefined']} undefined, "
+        f"{counts['known-failure']} expected to fail, {findings} findings."
     )
     assert findings == len(FULL.findings) > 0
 
