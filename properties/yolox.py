@@ -10,7 +10,7 @@ import torch
 from detoracle.properties.predictors import predict
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import Canvas, System
-from detoracle.reference import boxes, yolox
+from detoracle.reference import boxes, yolox, yolox_cost, yolox_loss
 from detoracle.reference.contract import operations_in
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain import yolox as explain
@@ -76,7 +76,7 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         yield from _box_arguments(operation, predictions, ground_truths)
         return
     grid = {"anchor_points": points, "anchor_strides": anchor_strides}
-    for flavour in yolox.FLAVOURS:
+    for flavour in yolox_cost.FLAVOURS:
         counted = yolox.counted_ground_truths(**ground_truths, flavour=flavour)
         if operation == "yolox.loss":
             yield (
@@ -94,7 +94,7 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
 def _later_stage(
     operation: str, predictions: torch.Tensor, grid: dict[str, Any], ground_truths: dict[str, Any], flavour: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    candidate, geometry = yolox.candidates(
+    candidate, geometry = yolox_cost.candidates(
         **grid, gt_boxes=ground_truths["gt_boxes"], gt_valid=ground_truths["gt_valid"], flavour=flavour
     )
     pairs: dict[str, Any] = {"candidate": candidate, "geometry": geometry, "flavour": flavour}
@@ -102,7 +102,7 @@ def _later_stage(
         yield flavour, {"predictions": predictions, **ground_truths, **pairs}
         return
     try:
-        cost, iou = yolox.cost(predictions, **ground_truths, **pairs)
+        cost, iou = yolox_cost.cost(predictions, **ground_truths, **pairs)
     except UpstreamRaises:
         return  # no costs to match: the cost operation itself shows this behaviour
     yield flavour, {"cost": cost, "iou": iou, "candidate": candidate, "gt_valid": ground_truths["gt_valid"]}
@@ -138,7 +138,7 @@ def _safe(behaviour: UpstreamRaises, arguments: dict[str, Any]) -> dict[str, Any
         boxes_, labels, valid, flavour = (arguments[n] for n in ("gt_boxes", "gt_labels", "gt_valid", "flavour"))
         counted = yolox.counted_ground_truths(boxes_, labels, valid, flavour=flavour)
         points, strides = _grid(arguments)
-        candidate, _ = yolox.candidates(points, strides, boxes_, counted, flavour=flavour)
+        candidate, _ = yolox_cost.candidates(points, strides, boxes_, counted, flavour=flavour)
     return {**arguments, "gt_valid": arguments["gt_valid"] & candidate.any(1, keepdim=True)}
 
 
@@ -163,6 +163,8 @@ SYSTEM = System(
     name="yolox",
     operations=(
         *operations_in(yolox),
+        *operations_in(yolox_cost),
+        *operations_in(yolox_loss),
         *(operation for operation in operations_in(boxes) if operation.name.endswith("_yolox")),
     ),
     shared=frozenset({"strides"}),

@@ -27,7 +27,8 @@ from detoracle.reference.boxes import overlaps_mmdet
 from detoracle.reference.contract import operation, unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.rtmdet_points import SOURCE, decode, encode, priors
-from detoracle.reference.yolox import _claim, _inside, _matched_iou, _resolve
+from detoracle.reference.yolox import _claim, _matched_iou, _resolve
+from detoracle.reference.yolox_cost import _inside
 
 __all__ = [
     "assign",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detoracle.reference import rtmdet, yolox
+from detoracle.reference import rtmdet, yolox, yolox_cost
 from detoracle.reports.record import Table
 from detoracle.reports.stage import (
     Layer,
@@ -69,14 +69,14 @@ def yolox_stages(run: Run) -> Iterator[Stage]:
         As the oracle.
     """
     flavour = run.settings("flavour")
-    rules = yolox.FLAVOURS[flavour.get("flavour", "tutorial")]
+    rules = yolox_cost.FLAVOURS[flavour.get("flavour", "tutorial")]
     points, strides = run.arguments["anchor_points"], run.arguments["anchor_strides"]
     boxes, labels = run.of("gt_boxes"), run.of("gt_labels")
     counted = yolox.counted_ground_truths(boxes, labels, run.of("gt_valid"), **flavour)
-    candidate, geometry = yolox.candidates(points, strides, boxes, counted, **flavour)
-    cost, iou = yolox.cost(run.of("predictions"), boxes, labels, counted, candidate, geometry, **flavour)
+    candidate, geometry = yolox_cost.candidates(points, strides, boxes, counted, **flavour)
+    cost, iou = yolox_cost.cost(run.of("predictions"), boxes, labels, counted, candidate, geometry, **flavour)
     gt_index, dynamic_k = yolox.dynamic_k_matching(cost, iou, candidate, counted)
-    near, _ = yolox._candidates(points, strides, boxes[0], rules)
+    near, _ = yolox_cost._candidates(points, strides, boxes[0], rules)
     pairs = _Pairs(counted[0], candidate[0], near, cost[0], iou[0], dynamic_k[0], yolox._TOP_CANDIDATES)
     reach = f"within {rules.center_radius:g} strides of its centre"
     where = f"inside its box or {reach}" if rules.box_counts else reach
@@ -123,7 +123,7 @@ def rtmdet_stages(run: Run) -> Iterator[Stage]:
     )
     topk = run.settings("topk")
     gt_index, dynamic_k = rtmdet.dynamic_k_matching(cost, iou, candidate, valid, **topk)
-    near = yolox._inside(priors[:, :2], boxes[0][:, None])
+    near = yolox_cost._inside(priors[:, :2], boxes[0][:, None])
     pairs = _Pairs(valid[0], candidate[0], near, cost[0], iou[0], dynamic_k[0], topk.get("topk", 13))
     yield _candidates(
         pairs,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detoracle.properties.golden.checks import StageCheck, discrete, gradient, raised, within
 from detoracle.properties.golden.vectors import Recorded
-from detoracle.reference import anchor_head_boxes, rtmdet, rtmdet_loss, yolox
+from detoracle.reference import anchor_head_boxes, rtmdet, rtmdet_loss, yolox, yolox_cost
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain import rtmdet as explain
 from detoracle.reference.explain.rtmdet_assignment import _quality
@@ -181,7 +181,7 @@ def _costs(
     def recorded(name: str) -> Tensor:
         return scene.tensor(f"out/{name}.{image}").T
 
-    near: Any = yolox._inside(_exact(points[inside, :2]), _exact(gt_boxes)[:, None])
+    near: Any = yolox_cost._inside(_exact(points[inside, :2]), _exact(gt_boxes)[:, None])
     yield discrete(f"is_in_gts.{image}", near.value.T, recorded("is_in_gts").T, open_=near.ambiguous.T)
     if not scene.has(f"out/cost_matrix.{image}"):
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detoracle.properties.golden.checks import StageCheck, discrete, gradient, raised, uncovered, within
 from detoracle.properties.golden.vectors import Recorded
-from detoracle.reference import yolox
+from detoracle.reference import yolox, yolox_cost, yolox_loss
 from detoracle.reference.boxes import iou_loss_yolox
 from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import UpstreamRaises
@@ -52,7 +52,7 @@ def _stages(scene: Recorded) -> Iterator[StageCheck]:
         level.requires_grad_()
     error, parts = None, {}
     try:
-        parts = yolox.loss(**arguments)
+        parts = yolox_loss.loss(**arguments)
     except UpstreamRaises as behaviour:
         error = behaviour
     yield raised(scene, error)
@@ -115,7 +115,7 @@ def _arguments(scene: Recorded) -> dict[str, Any]:
         "gt_labels": labels,
         "gt_valid": valid,
         "flavour": "tutorial"
-        if scene.config["center_radius"] == yolox.FLAVOURS["tutorial"].center_radius
+        if scene.config["center_radius"] == yolox_cost.FLAVOURS["tutorial"].center_radius
         else "official",
         "use_l1": scene.has("in/use_l1") and bool(scene.tensor("in/use_l1")),
     }
@@ -159,11 +159,11 @@ def _image(
     flavour: str,
 ) -> Iterator[StageCheck]:
     """Candidates, cost, dynamic k and claims of one image, each from the recorded results of the stage before."""
-    rules = yolox.FLAVOURS[flavour]
+    rules = yolox_cost.FLAVOURS[flavour]
     boxes, labels = ground_truths["gt_boxes"][image, valid], ground_truths["gt_labels"][image, valid]
     near: Any
     preferred: Any
-    near, preferred = yolox._candidates(_bounded(points), _bounded(anchor_strides), _bounded(boxes), rules)
+    near, preferred = yolox_cost._candidates(_bounded(points), _bounded(anchor_strides), _bounded(boxes), rules)
     mask = scene.tensor(f"out/cand_mask.{image}")
     yield discrete(f"cand_mask.{image}", near.any(0), mask, open_=near.any(0).ambiguous)
     if not scene.has(f"out/geom.{image}"):
@@ -176,9 +176,9 @@ def _image(
     # The recorder's cost terms: without the penalty, a pair's cost is classification and 3 times IoU.
     cost: Any
     iou: Any
-    cost, iou = yolox._cost(_bounded(predictions[mask]), _bounded(boxes), labels, geometry, rules, where="golden")
+    cost, iou = yolox_cost._cost(_bounded(predictions[mask]), _bounded(boxes), labels, geometry, rules, where="golden")
     yield within(f"iou.{image}", scene.tensor(f"out/iou.{image}"), iou)
-    class_cost: Any = yolox._class_cost(_bounded(predictions[mask]), labels, where="golden")
+    class_cost: Any = yolox_cost._class_cost(_bounded(predictions[mask]), labels, where="golden")
     yield within(f"cls_cost.{image}", scene.tensor(f"out/cls_cost.{image}"), class_cost)
     yield within(f"cost.{image}", scene.tensor(f"out/cost.{image}"), cost)
     if not scene.has(f"out/k.{image}"):
@@ -217,7 +217,7 @@ def _targets(
         one_hot = (labels[:, None] == torch.arange(int(scene.tensor("in/nc")))).float()
         yield within("t_cls", scene.tensor("out/t_cls"), quality[image, anchor][:, None] * one_hot)
     if scene.has("out/t_l1"):
-        target: Any = yolox._l1_target(_bounded(boxes), cells[anchor], anchor_strides[anchor])
+        target: Any = yolox_loss._l1_target(_bounded(boxes), cells[anchor], anchor_strides[anchor])
         yield within("t_l1", scene.tensor("out/t_l1"), target)
     if scene.has("out/l_iou"):
         predicted = _bounded(scene.tensor("out/decoded")[image, anchor, :4])

@@ -46,8 +46,8 @@ def row_symbol(operation: Operation) -> str | None:
 
     Examples
     --------
-    >>> from detoracle.reference import ssd, yolox
-    >>> row_symbol(ssd.match.operation), row_symbol(yolox.assign.operation), row_symbol(yolox.loss.operation)
+    >>> from detoracle.reference import ssd, yolox, yolox_loss
+    >>> row_symbol(ssd.match.operation), row_symbol(yolox.assign.operation), row_symbol(yolox_loss.loss.operation)
     ('P', 'A', None)
     """
     inputs = [argument.tensor for argument in arguments_of(operation.oracle) if argument.tensor]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detoracle.reference import yolox
+from detoracle.reference import yolox, yolox_cost, yolox_loss
 from detoracle.reference.assignment import Assignment
 from detoracle.reference.boxes import iou_yolox
 from detoracle.reference.contract import unchecked
@@ -51,8 +51,8 @@ def explain_candidates(
     ([[True]], [[inf]])
     """
     points, strides, boxes = (Bounded.exact(t, dtype) for t in (anchor_points, anchor_strides, gt_boxes))
-    rules = yolox.FLAVOURS[flavour]
-    images = [yolox._candidates(points, strides, boxes[image], rules) for image in range(len(gt_valid))]
+    rules = yolox_cost.FLAVOURS[flavour]
+    images = [yolox_cost._candidates(points, strides, boxes[image], rules) for image in range(len(gt_valid))]
     near, preferred = zip(*images, strict=True)
     candidate: Any = (torch.stack(near) & gt_valid[..., None]).any(1)
     geometry: Any = torch.stack(preferred) & gt_valid[..., None]
@@ -90,12 +90,12 @@ def explain_cost(
     bounded, boxes = Bounded.exact(predictions, dtype), Bounded.exact(gt_boxes, dtype)
     for image, valid in enumerate(gt_valid):
         near = candidate[image]
-        explained: Any = yolox._cost(
+        explained: Any = yolox_cost._cost(
             bounded[image, near],
             boxes[image, valid],
             gt_labels[image, valid],
             geometry[image, valid][:, near],
-            yolox.FLAVOURS[flavour],
+            yolox_cost.FLAVOURS[flavour],
             where=f"yolox.cost, image {image}",
         )
         (pair_cost, pair_iou), pairs = explained, valid[:, None] & near[None]
@@ -140,21 +140,21 @@ def explain_assign(
     """
     bounded = predictions if isinstance(predictions, Bounded) else Bounded.exact(predictions, dtype)
     points, strides, boxes = (Bounded.exact(t, dtype) for t in (anchor_points, anchor_strides, gt_boxes))
-    rules = yolox.FLAVOURS[flavour]
+    rules = yolox_cost.FLAVOURS[flavour]
     counted = yolox.counted_ground_truths(gt_boxes, gt_labels, gt_valid, flavour=flavour)
     num_anchors, worlds = len(anchor_points), []
     for image, valid in enumerate(counted):
         if not valid.any():
             worlds.append((background_world(num_anchors, valid.device),))
             continue
-        decided: Any = yolox._candidates(points, strides, boxes[image, valid], rules)
+        decided: Any = yolox_cost._candidates(points, strides, boxes[image, valid], rules)
         near, preferred = decided
         yolox._require_candidates(near.value.any(0), where=f"yolox.assign, image {image}")
 
         def world(candidate: Tensor, image: int = image, valid: Tensor = valid, preferred: Any = preferred) -> World:
             if not candidate.any():
                 return background_world(num_anchors, candidate.device)
-            cost, iou = yolox._cost(
+            cost, iou = yolox_cost._cost(
                 bounded[image, candidate],
                 boxes[image, valid],
                 gt_labels[image, valid],
@@ -290,4 +290,4 @@ def loss_given(
     quality = _quality(exact, boxes if dtype else Bounded.exact(gt_boxes, torch.float64), gt_index)  # type: ignore[arg-type]
     assignment = Assignment(gt_index, quality if dtype else quality.value.to(gt_boxes.dtype))  # type: ignore[arg-type]
     flat = yolox._flatten(maps)
-    return yolox._loss(flat, predictions, cells, anchor_strides, boxes, gt_labels, assignment, use_l1)
+    return yolox_loss._loss(flat, predictions, cells, anchor_strides, boxes, gt_labels, assignment, use_l1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from detoracle.reference import yolox
+from detoracle.reference import yolox, yolox_cost
 from detoracle.reference.boxes import iou_loss_yolox, iou_yolox
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.quirks.quirk import Quirk
@@ -209,8 +209,8 @@ QUIRKS: tuple[Quirk, ...] = (
         (),
         _edge,
         lambda: (
-            not bool(yolox.candidates(**_edge())[0][0, 4 * 8 + 4])
-            and bool(yolox.candidates(**_edge())[0][0, 4 * 8 + 5])
+            not bool(yolox_cost.candidates(**_edge())[0][0, 4 * 8 + 4])
+            and bool(yolox_cost.candidates(**_edge())[0][0, 4 * 8 + 5])
         ),
     ),
     Quirk(

@@ -17,7 +17,7 @@ from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.outputs import perform
 from detoracle.properties.random_scenes import random_scenes
 from detoracle.properties.systems import system_of
-from detoracle.reference import yolox
+from detoracle.reference import yolox, yolox_loss
 from detoracle.reference.contract import Operation
 
 SYSTEM = system_of("yolox")
@@ -268,25 +268,25 @@ def test_a_wrong_assigner_is_found_out_and_shrunk(name: str, expected: Callable[
 
 # --------------------------------------------------------------------------------------------------------- losses
 def detached(**arguments: Any) -> dict[str, Tensor]:
-    return {name: part.detach() for name, part in yolox.loss(**arguments).items()}
+    return {name: part.detach() for name, part in yolox_loss.loss(**arguments).items()}
 
 
 def leaking(**arguments: Any) -> dict[str, Tensor]:
-    parts = yolox.loss(**arguments)
+    parts = yolox_loss.loss(**arguments)
     return {**parts, "total": parts["total"] + (parts["classification"] - parts["classification"].detach())}
 
 
 def parts_only_detached(**arguments: Any) -> Tensor:
-    parts = yolox.loss(**arguments)
+    parts = yolox_loss.loss(**arguments)
     return parts["total"] - parts["box"] + parts["box"].detach()
 
 
 def not_normalised(**arguments: Any) -> dict[str, Tensor]:
-    return {name: part * 2 for name, part in yolox.loss(**arguments).items()}
+    return {name: part * 2 for name, part in yolox_loss.loss(**arguments).items()}
 
 
 def rescaled_box(**arguments: Any) -> dict[str, Tensor]:
-    parts = yolox.loss(**arguments)
+    parts = yolox_loss.loss(**arguments)
     return {**parts, "total": parts["total"] + parts["box"] * 1e-4}
 
 
@@ -302,7 +302,7 @@ def test_a_wrong_loss_is_found_out_and_shrunk(wrong: Callable[..., Any], expecte
 
 def right_loss(**arguments: Any) -> dict[str, Tensor]:
     """Total alone, and summed the other way round."""
-    parts = yolox.loss(**arguments)
+    parts = yolox_loss.loss(**arguments)
     return {"total": sum((part for name, part in reversed(parts.items()) if name != "total"), torch.zeros(()))}
 
 

@@ -16,7 +16,7 @@ from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.outputs import Outcome, perform
 from detoracle.properties.systems import system_of
 from detoracle.properties.yolox import native
-from detoracle.reference import boxes, yolox
+from detoracle.reference import boxes, yolox, yolox_cost, yolox_loss
 
 SYSTEM = system_of("yolox")
 OPERATIONS = {operation.name: operation for operation in SYSTEM.operations}
@@ -180,7 +180,7 @@ def test_zero_by_zero_is_nan_and_not_zero() -> None:
 
 def test_masks_are_compared_element_by_element() -> None:
     def flipped(**given: Any) -> tuple[Tensor, Tensor]:
-        candidate, geometry = yolox.candidates(**given)
+        candidate, geometry = yolox_cost.candidates(**given)
         geometry[0, 1, 5] ^= True
         return candidate, geometry
 
@@ -192,7 +192,7 @@ def test_masks_are_compared_element_by_element() -> None:
 @pytest.mark.parametrize("part", ["total", "box", "objectness", "classification"])
 def test_each_part_of_a_loss_is_judged(part: str) -> None:
     def off(**given: Any) -> dict[str, Tensor]:
-        parts = yolox.loss(**given)
+        parts = yolox_loss.loss(**given)
         return {**parts, part: parts[part] + (parts[part] * 1e-4).detach()}
 
     verdict = judged("yolox.loss", off)

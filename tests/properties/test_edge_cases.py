@@ -10,7 +10,7 @@ from torch import Tensor
 from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.predictors import Predicted, predict
 from detoracle.properties.scenes import TAGS, Scene
-from detoracle.reference import yolox
+from detoracle.reference import yolox, yolox_cost
 from detoracle.reference.boxes import iou_yolox, xyxy_to_cxcywh
 
 SCENES = {scene.name: scene for scene in edge_cases()}
@@ -74,7 +74,7 @@ def test_predictions_are_finite_unless_they_say_otherwise(scene: Scene) -> None:
     assert not (predicted.boxes[..., 2:] <= predicted.boxes[..., :2]).any()
 
 
-@pytest.mark.parametrize("flavour", yolox.FLAVOURS)
+@pytest.mark.parametrize("flavour", yolox_cost.FLAVOURS)
 def test_best_for_a_third(flavour: str) -> None:
     """An anchor that the second and third claim, and not the first, is cheapest for the first."""
     arguments = _assign_arguments(SCENES["best-for-a-third"])
@@ -82,8 +82,10 @@ def test_best_for_a_third(flavour: str) -> None:
     points, strides, boxes, valid = (
         arguments[name] for name in ("anchor_points", "anchor_strides", "gt_boxes", "gt_valid")
     )
-    candidate, geometry = yolox.candidates(points, strides, boxes, valid, flavour=flavour)
-    cost, iou = yolox.cost(arguments["predictions"], **given, candidate=candidate, geometry=geometry, flavour=flavour)
+    candidate, geometry = yolox_cost.candidates(points, strides, boxes, valid, flavour=flavour)
+    cost, iou = yolox_cost.cost(
+        arguments["predictions"], **given, candidate=candidate, geometry=geometry, flavour=flavour
+    )
     gt_index, dynamic_k = yolox.dynamic_k_matching(cost, iou, candidate, valid)
     claims = cost.argsort(dim=2, stable=True).argsort(dim=2) < dynamic_k[..., None]
     contested_by_others = claims[:, 1] & claims[:, 2] & ~claims[:, 0]
@@ -96,12 +98,12 @@ def test_perfect_predictions_decide_dynamic_k(matches: int) -> None:
     assert dynamic_k.tolist() == [[matches, matches]]
 
 
-@pytest.mark.parametrize("flavour", yolox.FLAVOURS)
+@pytest.mark.parametrize("flavour", yolox_cost.FLAVOURS)
 def test_overconfidence_decides_the_penalty(flavour: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = _assign_arguments(SCENES["many-classes-overconfident"])
     right = yolox.assign(**arguments, flavour=flavour).gt_index
-    lighter = replace(yolox.FLAVOURS[flavour], penalty=1e4)
-    monkeypatch.setitem(yolox.FLAVOURS, flavour, lighter)
+    lighter = replace(yolox_cost.FLAVOURS[flavour], penalty=1e4)
+    monkeypatch.setitem(yolox_cost.FLAVOURS, flavour, lighter)
     assert not torch.equal(yolox.assign(**arguments, flavour=flavour).gt_index, right)
 
 

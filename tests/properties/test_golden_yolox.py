@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detoracle.properties.golden.vectors import Recorded, read_vectors
 from detoracle.properties.golden.yolox import replay
-from detoracle.reference import yolox
+from detoracle.reference import yolox, yolox_cost, yolox_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCENES = {
@@ -99,7 +99,7 @@ def wrong_inside(points: Any, corners: Any) -> Any:
 
 
 def wrong_l1_target(
-    gt_boxes: Any, cells: Tensor, anchor_strides: Tensor, right: Callable[..., Any] = yolox._l1_target
+    gt_boxes: Any, cells: Tensor, anchor_strides: Tensor, right: Callable[..., Any] = yolox_loss._l1_target
 ) -> Any:
     return right(gt_boxes, cells + 0.5, anchor_strides)
 
@@ -118,7 +118,8 @@ def wrong_l1_target(
 def test_a_planted_defect_of_the_oracle_is_found_out(
     stage: str, wrong: object, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(yolox, stage, wrong)
+    module = next(module for module in (yolox, yolox_cost, yolox_loss) if hasattr(module, stage))
+    monkeypatch.setattr(module, stage, wrong)
     names = ("many", "edge-on-centre", "edge-centre-radius", "overlap", "overlap-l1")
     scenes = [scene for scene in SCENES.values() if scene.name in names]
     assert found in {stage.partition(".")[0] for scene in scenes for stage in different(scene)}

@@ -22,7 +22,7 @@ from detoracle.properties.outputs import perform
 from detoracle.properties.random_scenes import random_scenes
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import System, every_operation, find_operation
-from detoracle.reference import yolox
+from detoracle.reference import yolox, yolox_loss
 from detoracle.reference.contract import Operation
 
 SCENES = {scene.name: scene for scene in edge_cases()}
@@ -188,7 +188,7 @@ def test_a_loss_of_images_apart_is_found_out() -> None:
 
     def apart(raw: list[Tensor], gt_valid: Tensor, **arguments: Any) -> dict[str, Tensor]:
         images = range(len(gt_valid))
-        alone = [yolox.loss(raw=raw, gt_valid=gt_valid & _only(gt_valid, image), **arguments) for image in images]
+        alone = [yolox_loss.loss(raw=raw, gt_valid=gt_valid & _only(gt_valid, image), **arguments) for image in images]
         return {name: torch.stack([parts[name] for parts in alone]).mean(0) for name in alone[0]}
 
     system, operation = find_operation("yolox.loss")

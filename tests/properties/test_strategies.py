@@ -24,7 +24,7 @@ from detoracle.properties.strategies import (
 )
 from detoracle.properties.systems import NAMES, find_operation, system_of
 from detoracle.properties.yolox import native
-from detoracle.reference import yolox
+from detoracle.reference import yolox, yolox_cost
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.explain import yolox as explain
 
@@ -79,7 +79,7 @@ def test_several_share_a_place(near: Any, about_a_point: Any) -> None:
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
-@given(scenes(max_images=2), st.sampled_from(sorted(yolox.FLAVOURS)))
+@given(scenes(max_images=2), st.sampled_from(sorted(yolox_cost.FLAVOURS)))
 def test_the_oracle_in_float32_is_admitted_by_its_own_explanation(scene: Scene, flavour: str) -> None:
     """The suite's own strategies look for a choice that rounding may make, and that no world admits."""
     arguments = dict(system_of("yolox").arguments("yolox.assign", native(scene)))[flavour]

@@ -12,12 +12,12 @@ from torch import Tensor
 from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.random_scenes import random_scenes
 from detoracle.properties.yolox import native
-from detoracle.reference import yolox
+from detoracle.reference import yolox, yolox_cost, yolox_loss
 from detoracle.reference.boxes import iou_yolox
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain import yolox as explain
 
-FLAVOURS = tuple(yolox.FLAVOURS)
+FLAVOURS = tuple(yolox_cost.FLAVOURS)
 SCENES = {s.name: s for s in (*edge_cases(), *random_scenes(12, seed=5)) if s.max_gts < 20}
 
 
@@ -118,7 +118,9 @@ def test_a_whole_column_of_anchors_that_rounding_moves_together_is_admitted() ->
     near, _ = explain.explain_candidates(
         *(arguments[n] for n in ("anchor_points", "anchor_strides", "gt_boxes", "gt_valid"))
     )
-    inside = yolox.candidates(*(arguments[n] for n in ("anchor_points", "anchor_strides", "gt_boxes", "gt_valid")))[0]
+    inside = yolox_cost.candidates(
+        *(arguments[n] for n in ("anchor_points", "anchor_strides", "gt_boxes", "gt_valid"))
+    )[0]
     assert near.ambiguous[0].sum() > 4
     assert (near.ambiguous[0] <= column).all()
     assert torch.equal(near.value != inside, near.ambiguous)
@@ -186,7 +188,7 @@ def test_quality_follows_the_assignment_that_is_given() -> None:
 def test_bounded_loss_holds_the_float32_loss_and_is_sharp(flavour: str) -> None:
     for scene in random_scenes(4, seed=3):
         given = native(scene)
-        parts = yolox.loss(**given, flavour=flavour, use_l1=True)
+        parts = yolox_loss.loss(**given, flavour=flavour, use_l1=True)
         matched = yolox.assign(
             yolox.decode(given["raw"], given["strides"]),
             *yolox.anchor_grid([tuple(m.shape[2:]) for m in given["raw"]], given["strides"], like=given["raw"][0])[1:],

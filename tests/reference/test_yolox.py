@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from detoracle.reference import yolox
+from detoracle.reference import yolox, yolox_cost, yolox_loss
 from detoracle.reference.errors import InputError, UpstreamRaises
 
-FLAVOURS = tuple(yolox.FLAVOURS)
+FLAVOURS = tuple(yolox_cost.FLAVOURS)
 ONE = torch.ones(1, 1, dtype=torch.bool)
 
 
@@ -75,7 +75,7 @@ def test_decoding_offsets_from_the_corner_and_takes_exponentials_of_sizes() -> N
 )
 def test_candidates_of_one_box(flavour: str, candidate: Any, geometry: Any) -> None:
     points, strides = grid([(8, 8)], [8])
-    found, preferred = yolox.candidates(
+    found, preferred = yolox_cost.candidates(
         points, strides, torch.tensor([[[20.0, 20, 16, 48]]], dtype=torch.float64), ONE, flavour=flavour
     )
     places = points.tolist()
@@ -87,14 +87,14 @@ def test_candidates_of_one_box(flavour: str, candidate: Any, geometry: Any) -> N
 
 def test_the_centre_square_grows_with_the_anchors_own_stride() -> None:
     points, strides = torch.tensor([[36.0, 4.0], [36.0, 4.0]]), torch.tensor([8.0, 16.0])
-    found, _ = yolox.candidates(points, strides, torch.tensor([[[4.0, 4, 2, 2]]]), ONE)
+    found, _ = yolox_cost.candidates(points, strides, torch.tensor([[[4.0, 4, 2, 2]]]), ONE)
     assert found.tolist() == [[False, True]]  # 32 px away: 2.5 * 8 = 20 and 2.5 * 16 = 40
 
 
 @pytest.mark.parametrize(("x", "inside"), [(12.0, False), (12.125, True), (27.875, True), (28.0, False)])
 def test_a_point_on_an_edge_is_outside(x: float, inside: bool) -> None:
     points, strides = torch.tensor([[x, 64.0]]), torch.tensor([0.5])
-    found, _ = yolox.candidates(points, strides, torch.tensor([[[20.0, 60, 16, 16]]]), ONE)
+    found, _ = yolox_cost.candidates(points, strides, torch.tensor([[[20.0, 60, 16, 16]]]), ONE)
     assert found.item() is inside
 
 
@@ -107,7 +107,7 @@ def test_cost_of_one_pair(flavour: str, penalty: float) -> None:
     class_cost = -math.log(probability[1]) - math.log(1 - probability[0]) - math.log(1 - probability[2])
     expected = class_cost - 3 * math.log(iou + 1e-8)
     for geometry, extra in ((ONE[None], 0.0), (~ONE[None], penalty)):
-        cost, found = yolox.cost(predictions, gt, torch.tensor([[1]]), ONE, ONE, geometry, flavour=flavour)
+        cost, found = yolox_cost.cost(predictions, gt, torch.tensor([[1]]), ONE, ONE, geometry, flavour=flavour)
         assert found.item() == iou
         assert cost.item() == pytest.approx(expected + extra, rel=8 * torch.finfo(torch.float64).eps)
 
@@ -116,7 +116,7 @@ def test_logarithms_are_clamped_at_minus_100() -> None:
     """A certain prediction of the wrong class costs 100 for the right one and 100 for the wrong, not infinity."""
     predictions = torch.tensor([[[8.0, 8, 16, 16, 900, -900, 900]]], dtype=torch.float64)
     gt = torch.tensor([[[8.0, 8, 16, 16]]], dtype=torch.float64)
-    cost, _ = yolox.cost(predictions, gt, torch.tensor([[0]]), ONE, ONE, ONE[None])
+    cost, _ = yolox_cost.cost(predictions, gt, torch.tensor([[0]]), ONE, ONE, ONE[None])
     assert cost.item() == 200 - 3 * math.log(1 + 1e-8)
 
 
@@ -124,7 +124,7 @@ def test_pairs_outside_the_candidates_and_padding_cost_infinity() -> None:
     predictions = torch.zeros(1, 2, 6).index_fill(2, torch.tensor([2, 3]), 8.0)
     gt, labels = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 0, 0]]]), torch.tensor([[0, 9]])  # a padded label is not read
     valid, candidate = torch.tensor([[True, False]]), torch.tensor([[True, False]])
-    cost, iou = yolox.cost(predictions, gt, labels, valid, candidate, torch.ones(1, 2, 2, dtype=torch.bool))
+    cost, iou = yolox_cost.cost(predictions, gt, labels, valid, candidate, torch.ones(1, 2, 2, dtype=torch.bool))
     assert cost.isinf().tolist() == [[[False, True], [True, True]]]
     assert iou.tolist() == [[[1, 0], [0, 0]]]
 
@@ -175,7 +175,7 @@ def brute_force(
     predictions: Tensor, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor, flavour: str
 ) -> Any:
     """One image's assignment in plain Python floats, pair by pair."""
-    rules = yolox.FLAVOURS[flavour]
+    rules = yolox_cost.FLAVOURS[flavour]
     anchors, gts = range(len(points)), range(len(boxes))
     near, both = set(), set()
     for g, a in itertools.product(gts, anchors):
@@ -238,7 +238,7 @@ def test_gradient_equals_finite_differences(flavour: str) -> None:
     arguments = scene(1, gts=(2, 0, 1), classes=2)
     for level in arguments["raw"]:
         level.requires_grad_()
-    found = yolox.loss(**arguments, flavour=flavour, use_l1=True)["total"]
+    found = yolox_loss.loss(**arguments, flavour=flavour, use_l1=True)["total"]
     gradients = torch.autograd.grad(found, arguments["raw"])
     matched = yolox.assign(**assign_arguments(arguments), flavour=flavour)
     sizes = [tuple(level.shape[2:]) for level in arguments["raw"]]
@@ -247,7 +247,7 @@ def test_gradient_equals_finite_differences(flavour: str) -> None:
     def total(raw: list[Tensor]) -> float:
         predictions = yolox.decode(raw, arguments["strides"])
         ground_truths = arguments["gt_boxes"], arguments["gt_labels"]
-        return yolox._loss(yolox._flatten(raw), predictions, cells, strides, *ground_truths, matched, True)[
+        return yolox_loss._loss(yolox._flatten(raw), predictions, cells, strides, *ground_truths, matched, True)[
             "total"
         ].item()
 
@@ -274,7 +274,7 @@ def test_the_parts_add_up_over_positives_and_all_anchors() -> None:
         "gt_boxes": torch.tensor([[[4.0, 0, 8, 8]]], dtype=torch.float64),
         "gt_labels": torch.tensor([[1]]),
     }
-    parts = yolox.loss([raw], [8], **arguments, gt_valid=ONE, use_l1=True)
+    parts = yolox_loss.loss([raw], [8], **arguments, gt_valid=ONE, use_l1=True)
     eps = 8 * torch.finfo(torch.float64).eps
     iou = 32 / (64 + 64 - 32)
     assert parts["box"].item() == pytest.approx(5 * (1 - iou**2), rel=eps)
@@ -286,7 +286,7 @@ def test_the_parts_add_up_over_positives_and_all_anchors() -> None:
 
 def test_a_batch_without_ground_truth_is_divided_by_one() -> None:
     arguments = scene(0, gts=(0, 0))
-    parts = yolox.loss(**arguments)
+    parts = yolox_loss.loss(**arguments)
     every = torch.cat([level[:, 4].flatten() for level in arguments["raw"]])
     assert parts["box"].item() == parts["classification"].item() == 0
     expected = math.fsum(math.log1p(math.exp(x)) for x in every.tolist())
@@ -294,7 +294,7 @@ def test_a_batch_without_ground_truth_is_divided_by_one() -> None:
 
 
 def test_l1_is_off_unless_asked_for() -> None:
-    assert "l1" not in yolox.loss(**scene(0))
+    assert "l1" not in yolox_loss.loss(**scene(0))
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -302,7 +302,7 @@ def test_l1_is_off_unless_asked_for() -> None:
 def test_inputs_stay_as_they_are_and_dtypes_are_kept(flavour: str, dtype: torch.dtype) -> None:
     arguments = scene(0, dtype=dtype)
     before = copy.deepcopy(arguments)
-    parts = yolox.loss(**arguments, flavour=flavour, use_l1=True)
+    parts = yolox_loss.loss(**arguments, flavour=flavour, use_l1=True)
     assert {part.dtype for part in parts.values()} == {dtype}
     found = yolox.assign(**assign_arguments(arguments), flavour=flavour)
     assert (found.gt_index.dtype, found.quality.dtype) == (torch.int64, dtype)
@@ -325,7 +325,7 @@ def test_named_behaviours(change: Any, behaviour: str) -> None:
     arguments = scene(0)
     change(arguments)
     with pytest.raises(UpstreamRaises) as caught:
-        yolox.loss(**arguments)
+        yolox_loss.loss(**arguments)
     assert caught.value.behaviour == behaviour
     assert "image 0" in str(caught.value)
 
@@ -347,7 +347,7 @@ def test_named_behaviours(change: Any, behaviour: str) -> None:
 )
 def test_wrong_input_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        yolox.loss(**{**scene(0), **change})
+        yolox_loss.loss(**{**scene(0), **change})
 
 
 def test_an_empty_batch_is_refused() -> None:
