@@ -13,6 +13,7 @@ from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import Canvas, System
 from detoracle.reference import (
     anchor_head,
+    anchor_head_box_terms,
     anchor_head_boxes,
     anchor_head_loss,
     anchor_head_ssd,
@@ -347,6 +348,7 @@ SYSTEM = System(
         *operations_in(anchor_head_boxes),
         *operations_in(anchor_head),
         *operations_in(anchor_head_terms),
+        *operations_in(anchor_head_box_terms),
         *operations_in(anchor_head_loss),
         *operations_in(anchor_head_ssd),
         *(operation for operation in operations_in(boxes) if operation.name.endswith("_mmdet")),

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from detoracle.reference.anchor_head import assign
+from detoracle.reference.anchor_head_box_terms import smooth_l1_loss
 from detoracle.reference.anchor_head_boxes import SOURCE
 from detoracle.reference.anchor_head_loss import Batch, Options, _predicted, _rows, _taking_part, _targets
-from detoracle.reference.anchor_head_terms import cross_entropy, smooth_l1_loss, weighted
+from detoracle.reference.anchor_head_terms import cross_entropy, weighted
 from detoracle.reference.assignment import BACKGROUND
 from detoracle.reference.contract import operation, unchecked
 

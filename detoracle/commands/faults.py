@@ -97,11 +97,16 @@ def _tell_kills(found: list[dict[str, Any]], asked: list[Any]) -> dict[str, Any]
         table.add_row(
             row["id"], f"{row['killed']}/{row['seeds']}", by, f"{row['median']:g}", str(row["most"]), row["origin"]
         )
-    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+    _wide().print(table)
     survivors = [row["id"] for row in rows if row["killed"] < row["seeds"]]
     kills, sat = sum(row["killed"] for row in rows), sum(row["seeds"] for row in rows)
     print(f"{len(rows) - len(survivors)} of {len(rows)} faults caught with every seed ({kills} of {sat} sittings)")
     return {"failed": bool(survivors), "faults": rows, "killed": kills, "sittings": sat, "survivors": survivors}
+
+
+def _wide() -> Console:
+    """A console that leaves a table readable where its output is kept in a file."""
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
 
 
 def _row(fault: Any, entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -129,7 +134,7 @@ def _tell_alarms(found: list[dict[str, Any]]) -> dict[str, Any]:
     table = Table("implementation", "arithmetic", "calls", "false alarms", box=None)
     for (name, arithmetic), (calls, alarms) in totals.items():
         table.add_row(name, arithmetic, str(calls), str(len(alarms)))
-    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+    _wide().print(table)
     alarms = [f"{name}, {arithmetic}: {text}" for (name, arithmetic), total in totals.items() for text in total[1]]
     for text in alarms:
         print(text)

@@ -11,7 +11,7 @@ from torch import Tensor
 from detoracle.properties.golden.anchor_head_configs import anchors_from, assigning, coding, sampling, term_settings
 from detoracle.properties.golden.checks import StageCheck, discrete, gradient, raised, within
 from detoracle.properties.golden.vectors import Recorded
-from detoracle.reference import anchor_head, anchor_head_boxes, anchor_head_terms
+from detoracle.reference import anchor_head, anchor_head_box_terms, anchor_head_boxes, anchor_head_terms
 from detoracle.reference.anchor_head import Thresholds
 from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.contract import unchecked
@@ -25,9 +25,9 @@ _TERMS: dict[str, Callable[..., Any]] = {
     "focal": anchor_head_terms.sigmoid_focal_loss,
     "cross_entropy": anchor_head_terms.cross_entropy,
     "sigmoid_cross_entropy": anchor_head_terms.sigmoid_cross_entropy,
-    "smooth_l1": anchor_head_terms.smooth_l1_loss,
-    "l1": anchor_head_terms.l1_loss,
-    "giou": anchor_head_terms.giou_loss,
+    "smooth_l1": anchor_head_box_terms.smooth_l1_loss,
+    "l1": anchor_head_box_terms.l1_loss,
+    "giou": anchor_head_box_terms.giou_loss,
 }
 _CALLS: list[list[Any]] = [  # reduction, average factor, weighted: what the recorder calls a loss with by default
     ["none", None, False],

@@ -14,7 +14,8 @@ from detoracle.reference import anchor_head_loss, anchor_head_ssd
 from detoracle.reference.anchor_head_loss import Batch, Options
 from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.explain.anchor_head import explain_assign
-from detoracle.reference.explain.explanation import Count, Explanation, World, claim_decisions
+from detoracle.reference.explain.claims import claim_decisions
+from detoracle.reference.explain.explanation import Count, Explanation, World
 from detoracle.reference.explain.mining import MinedWorld
 from detoracle.reference.rounding import Bounded
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from detoracle.reference.explain.explanation import World, claim_decisions, claims_world
+from detoracle.reference.explain.claims import claim_decisions, claims_world
+from detoracle.reference.explain.explanation import World
 from detoracle.reference.rounding import Bounded
 
 __all__ = ["dynamic_k_world", "k_range"]

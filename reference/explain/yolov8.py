@@ -13,16 +13,8 @@ from torch import Tensor
 from detoracle.reference import yolov8, yolov8_loss
 from detoracle.reference.boxes import iou_ultralytics
 from detoracle.reference.contract import unchecked
-from detoracle.reference.explain.explanation import (
-    Claims,
-    Count,
-    Explanation,
-    World,
-    background_world,
-    claim_decisions,
-    claims_world,
-    worlds_of,
-)
+from detoracle.reference.explain.claims import Claims, claim_decisions, claims_world
+from detoracle.reference.explain.explanation import Count, Explanation, World, background_world, worlds_of
 from detoracle.reference.rounding import Bounded, Decision, known, known_range
 
 __all__ = ["explain_assign", "explain_loss", "loss_given"]

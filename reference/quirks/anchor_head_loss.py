@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from detoracle.reference import anchor_head_loss, anchor_head_ssd, anchor_head_terms
+from detoracle.reference import anchor_head_box_terms, anchor_head_loss, anchor_head_ssd, anchor_head_terms
 from detoracle.reference.quirks.anchor_head_boxes import behaviour_of
 from detoracle.reference.quirks.quirk import Quirk
 
@@ -347,7 +347,7 @@ LOSS_QUIRKS: tuple[Quirk, ...] = (
         "0 for weights of 0, the weighted loss otherwise.",
         ("A3",),
         _negative_weights,
-        lambda: float(anchor_head_terms.giou_loss(**_negative_weights())) == -14.0,
+        lambda: float(anchor_head_box_terms.giou_loss(**_negative_weights())) == -14.0,
     ),
     Quirk(
         "anchor_head.average-of-nothing",
@@ -357,7 +357,7 @@ LOSS_QUIRKS: tuple[Quirk, ...] = (
         "Divide by at least 1.",
         ("N18",),
         _zero_average,
-        lambda: float(anchor_head_terms.l1_loss(**_zero_average())) == 8 * 2**23,
+        lambda: float(anchor_head_box_terms.l1_loss(**_zero_average())) == 8 * 2**23,
     ),
     Quirk(
         "anchor_head.sum-with-average-factor",
@@ -367,7 +367,9 @@ LOSS_QUIRKS: tuple[Quirk, ...] = (
         "The same named error.",
         (),
         _sum_with_average,
-        lambda: behaviour_of(anchor_head_terms.l1_loss, _sum_with_average()) == "anchor_head.sum-with-average-factor",
+        lambda: (
+            behaviour_of(anchor_head_box_terms.l1_loss, _sum_with_average()) == "anchor_head.sum-with-average-factor"
+        ),
     ),
     Quirk(
         "anchor_head.no-rows-are-reduced",
@@ -377,6 +379,6 @@ LOSS_QUIRKS: tuple[Quirk, ...] = (
         "An empty tensor.",
         (),
         _no_rows,
-        lambda: anchor_head_terms.l1_loss(**_no_rows()).shape == (),
+        lambda: anchor_head_box_terms.l1_loss(**_no_rows()).shape == (),
     ),
 )

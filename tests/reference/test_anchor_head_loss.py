@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detoracle.properties.bounds import outside
-from detoracle.reference import anchor_head_terms
+from detoracle.reference import anchor_head_box_terms, anchor_head_terms
 from detoracle.reference.anchor_head import assign, sample, targets
 from detoracle.reference.anchor_head_boxes import anchors as make_anchors
 from detoracle.reference.anchor_head_boxes import decode
@@ -208,7 +208,9 @@ def test_the_loss_is_its_terms_level_by_level(name: str) -> None:
             deltas = decode(given["anchors"][part].repeat(2, 1), deltas, stds=options.stds)
         boxing: dict[str, Any] = {"avg_factor": divisor, "loss_weight": options.box_loss_weight}
         boxing |= {"beta": options.beta} if options.box_loss == "smooth_l1" else {}
-        expected = getattr(anchor_head_terms, f"{options.box_loss}_loss")(deltas, box_targets, box_weights, **boxing)
+        expected = getattr(anchor_head_box_terms, f"{options.box_loss}_loss")(
+            deltas, box_targets, box_weights, **boxing
+        )
         assert torch.equal(parts["box"][number], expected)
     assert torch.equal(parts["total"], parts["classification"].sum() + parts["box"].sum())
 

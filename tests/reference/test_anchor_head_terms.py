@@ -12,15 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detoracle.properties.bounds import outside
-from detoracle.reference.anchor_head_terms import (
-    cross_entropy,
-    giou_loss,
-    l1_loss,
-    sigmoid_cross_entropy,
-    sigmoid_focal_loss,
-    smooth_l1_loss,
-    weighted,
-)
+from detoracle.reference.anchor_head_box_terms import giou_loss, l1_loss, smooth_l1_loss
+from detoracle.reference.anchor_head_terms import cross_entropy, sigmoid_cross_entropy, sigmoid_focal_loss, weighted
 from detoracle.reference.contract import unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises
 from detoracle.reference.rounding import Bounded

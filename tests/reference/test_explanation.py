@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from detoracle.reference.explain.claims import claim_decisions, claims_world
 from detoracle.reference.explain.explanation import (
     Count,
     Explanation,
     World,
     background_world,
-    claim_decisions,
-    claims_world,
     combinations_of,
     worlds_of,
 )
