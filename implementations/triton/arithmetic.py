@@ -8,7 +8,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["bce_with_logits", "before", "binary_entropy", "key_value", "keys_of", "log1p", "sigmoid", "smallest"]
+__all__ = [
+    "apart",
+    "area",
+    "bce_with_logits",
+    "before",
+    "binary_entropy",
+    "cheaper",
+    "key_value",
+    "keys_of",
+    "larger",
+    "log1p",
+    "overlap_mmdet",
+    "power",
+    "power_of_ten",
+    "shared_area",
+    "sigmoid",
+    "smaller",
+    "smallest",
+]
 
 _EMPTY = tl.constexpr(0x7FFFFFFF)  # high half of a key that stands for nothing: above infinity's and NaN's
 _NAN = tl.constexpr(0x7FFFFFFE)
@@ -87,3 +105,91 @@ def before(best, most):
     """Which of the best keys are among the `most` smallest, and stand for something."""
     rank = tl.sum((best[:, None] > best[None, :]).to(tl.int32), 1)
     return (rank < most) & ((best >> 32) != _EMPTY)
+
+
+# ------------------------------------------------------------------------------------------------- sums and conflicts
+@triton.jit
+def apart(costs, channel, others, largest, largest_class):
+    """Sums of costs (anchors, channels), the largest kept apart: what takes one off again would cancel with it.
+
+    Takes and gives the sum of all others, the largest, and its channel; a sum is NaN if any cost is.
+    """
+    top = tl.max(costs, 1)
+    place = tl.min(tl.where(costs == top[:, None], channel[None, :], 0x7FFFFFFF), 1)
+    rest = tl.sum(tl.where(channel[None, :] == place[:, None], 0.0, costs), 1)
+    undefined = tl.max((costs != costs).to(tl.int32), 1) > 0
+    others += tl.where(undefined, float("nan"), rest + tl.minimum(top, largest))
+    return others, tl.maximum(top, largest), tl.where(top > largest, place, largest_class)
+
+
+@triton.jit
+def cheaper(contested, winner, lowest, ground_truth, cost):
+    """Winner and lowest cost so far, after one more ground truth; of equal ones the first wins, and of all a NaN."""
+    undefined = (cost != cost) & (lowest == lowest)
+    better = contested & ((winner < 0) | (cost < lowest) | undefined)
+    return tl.where(better, ground_truth, winner), tl.where(better, cost, lowest)
+
+
+# -------------------------------------------------------------------------------------------------------------- powers
+@triton.jit
+def _times_two_to(x, exponent):
+    """Product with 2 ** exponent, an integer as float, in two steps: the power alone may be out of range."""
+    half = tl.floor(exponent * 0.5)
+    return x * tl.exp2(half) * tl.exp2(exponent - half)
+
+
+@triton.jit
+def power_of_ten(x):
+    """10 ** x to a few units in the last place, where the exponential alone would lose as many as x has."""
+    whole = tl.floor(tl.minimum(tl.maximum(x * 3.321928, -200.0), 200.0) + 0.5)
+    rest = (x - whole * 0.301025390625) - whole * 4.6050389811952136e-06  # log10(2), whose first part has few bits
+    small = tl.exp2(rest * 3.321928)
+    return tl.where(x < -60.0, 0.0, tl.where(x > 60.0, float("inf"), _times_two_to(small, whole)))
+
+
+@triton.jit
+def power(x, exponent):
+    """The power x ** exponent to a few units in the last place, for finite x of 0 or more; NaN below."""
+    scaled = tl.where(x < 1.2e-38, x * 16777216.0, x)
+    bits = scaled.to(tl.int32, bitcast=True)
+    whole = ((bits - 0x3F3504F3) >> 23).to(tl.float32)  # such that what is left is from sqrt(1/2) to sqrt(2)
+    left = (bits - (whole.to(tl.int32) << 23)).to(tl.float32, bitcast=True)
+    whole = tl.where(x < 1.2e-38, whole - 24.0, whole)
+    high = tl.floor(whole * exponent + 0.5)
+    found = _times_two_to(tl.exp2((whole * exponent - high) + exponent * tl.log2(left)), high)
+    at_zero = tl.where(exponent > 0.0, 0.0, tl.where(exponent == 0.0, 1.0, float("inf")))
+    found = tl.where(x == 0.0, at_zero, found)
+    return tl.where(x >= 0.0, found, float("nan"))
+
+
+# --------------------------------------------------------------------------------------------------------------- boxes
+@triton.jit
+def smaller(a, b):
+    """The smaller of both; NaN if either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of both; NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def shared_area(a, b):
+    """Area that boxes (left, top, right, bottom) share."""
+    across = larger(smaller(a[2], b[2]) - larger(a[0], b[0]), 0.0)
+    return across * larger(smaller(a[3], b[3]) - larger(a[1], b[1]), 0.0)
+
+
+@triton.jit
+def area(box):
+    """Area of a box (left, top, right, bottom), of the sign that its sides give."""
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+@triton.jit
+def overlap_mmdet(a, b, least):
+    """IoU of boxes (left, top, right, bottom), of a union no smaller than the least."""
+    shared = shared_area(a, b)
+    return tl.div_rn(shared, larger(area(a) + area(b) - shared, least))
