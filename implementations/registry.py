@@ -33,7 +33,7 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENTRY_POINTS = "detoracle.implementations"
-BUILT_IN = ("batched", "loop", "sparse", "triton")
+BUILT_IN = ("batched", "compiled", "loop", "sparse", "triton")
 _FASTEST = {"cpu": ("sparse", "batched"), "cuda": ("triton", "batched")}
 
 

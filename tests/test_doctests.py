@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from detoracle.implementations.compiled import unavailable
+
 ROOT = Path(__file__).parents[1]
 ROOMS = ["detoracle", "detoracle.reference", "detoracle.implementations", "detoracle.properties", "detoracle.reports"]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -35,6 +37,8 @@ def _tests() -> list[doctest.DocTest]:
 
 @pytest.mark.parametrize("test", [pytest.param(test, id=test.name) for test in _tests()])
 def test_example(test: doctest.DocTest) -> None:
+    if ".compiled" in test.name and (why := unavailable("cpu")):
+        pytest.skip(why)
     report = io.StringIO()
     result = doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=report.write)
     assert not result.failed, report.getvalue()

@@ -14,7 +14,7 @@ another class loss, and box deltas that are not finite, are left to `batched`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,9 +100,10 @@ def loss(
     strides: batched.Strides,
     allowed_border: float = -1.0,
     class_loss: str = "focal",
+    background: Callable[..., Tensor] = focal_background_loss,
     **settings: Any,
 ) -> dict[str, Tensor]:
-    """Loss per level: total, classification, box.
+    """Loss per level: total, classification, box; `background` is what treats all logits.
 
     Examples
     --------
@@ -127,10 +128,11 @@ def loss(
     rules = {name: value for name, value in settings.items() if name in batched._ASSIGNER}
     gt_index = assign(anchors, gt_boxes, gt_valid, inside, *ignored, **rules).gt_index
     others = {name: value for name, value in settings.items() if name not in batched._ASSIGNER}
-    return _loss(cls_scores, bbox_preds, anchors, gt_boxes, gt_labels, gt_index, **others)
+    return _loss(background, cls_scores, bbox_preds, anchors, gt_boxes, gt_labels, gt_index, **others)
 
 
 def _loss(
+    background: Callable[..., Tensor],
     cls_scores: Sequence[Tensor],
     bbox_preds: Sequence[Tensor],
     anchors: Tensor,
@@ -176,10 +178,10 @@ def _loss(
             box.append(terms.l1_loss(predicted, target, weight, **average))
 
     scale = class_loss_weight / (divisor + _EPS)
-    background = (gt_index == BACKGROUND).to(divisor.dtype).mul_((1 - alpha) * scale)
-    focal = _Focal(gamma, alpha, scale * pos_weight if pos_weight > 0 else scale)
+    weights = (gt_index == BACKGROUND).to(divisor.dtype).mul_((1 - alpha) * scale)
+    focal = _Focal(background, gamma, alpha, scale * pos_weight if pos_weight > 0 else scale)
     classification: Tensor = _ClassLoss.apply(  # type: ignore[no-untyped-call]
-        focal, positives, torch.split(background, lengths, dim=1), *cls_scores
+        focal, positives, torch.split(weights, lengths, dim=1), *cls_scores
     )
     boxes = torch.stack(box)
     return {"total": classification.sum() + boxes.sum(), "classification": classification, "box": boxes}
@@ -201,8 +203,9 @@ class _Positives(NamedTuple):
 
 
 class _Focal(NamedTuple):
-    """Exponent and balance of the focal loss, and the weight of positives."""
+    """What treats all logits; exponent and balance of the focal loss, and the weight of positives."""
 
+    background: Callable[..., Tensor]
     gamma: float
     alpha: float
     weight: Tensor
@@ -213,10 +216,10 @@ class _ClassLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, focal: _Focal, positives: Sequence[_Positives], background: Sequence[Tensor], *levels: Tensor
+        ctx: Any, focal: _Focal, positives: Sequence[_Positives], weights: Sequence[Tensor], *levels: Tensor
     ) -> Tensor:
-        """Add up; `background` gives weights to anchors (B, A) of each level."""
-        ctx.arguments = focal, positives, background
+        """Add up; `weights` are those of background anchors (B, A) of each level."""
+        ctx.arguments = focal, positives, weights
         ctx.save_for_backward(*levels)
         losses, ctx.gradients = _focal_losses(levels, *ctx.arguments, with_gradients=any(ctx.needs_input_grad))
         return losses
@@ -240,30 +243,30 @@ def _focal_losses(
     levels: Sequence[Tensor],
     focal: _Focal,
     positives: Sequence[_Positives],
-    background: Sequence[Tensor],
+    weights: Sequence[Tensor],
     *,
     with_gradients: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Losses (L,) of maps, and their gradients (B, K*C, H*W) if wanted, in float32 at least."""
     dtype = focal.weight.dtype
     losses, gradients = [], []
-    for level, own, weights in zip(levels, positives, background, strict=True):
+    for level, own, weight in zip(levels, positives, weights, strict=True):
         maps = level.detach().flatten(2)
-        per_cell = weights.shape[1] // max(1, maps.shape[2])
-        columns = maps.shape[1] // per_cell
+        images, channels, cells = maps.shape
+        per_cell = weight.shape[1] // max(1, cells)
+        columns = channels // per_cell
         room = zeros(maps.shape, like=maps.new_empty(0, dtype=dtype)) if with_gradients else None
-        total = focal.weight.new_zeros(())
-        for number, (logits, weight) in enumerate(zip(maps, weights, strict=True)):
-            shape, of_anchors = (per_cell, columns), weight.view(-1, per_cell).T
-            gradient = None if room is None else torch.unflatten(room[number], 0, shape)
-            logits = torch.unflatten(logits, 0, shape)
-            total = total + focal_background_loss(logits, of_anchors, gamma=focal.gamma, gradient=gradient)
-        index = own.channels(maps.shape[1], columns)
+        total = focal.background(
+            maps.reshape(-1, columns, cells),
+            weight.view(images, cells, per_cell).mT.reshape(-1, cells),
+            gamma=focal.gamma,
+            gradient=None if room is None else room.view(-1, columns, cells),
+        )
+        index = own.channels(channels, columns)
         with torch.enable_grad():
             rows = maps[index].to(dtype).requires_grad_()
-            weight = focal.weight.expand(len(rows))
             loss = terms.sigmoid_focal_loss(
-                rows, own.label, weight, gamma=focal.gamma, alpha=focal.alpha, reduction="sum"
+                rows, own.label, focal.weight.expand(len(rows)), gamma=focal.gamma, alpha=focal.alpha, reduction="sum"
             )
             if room is not None:
                 room[index] = torch.autograd.grad(loss, rows)[0]

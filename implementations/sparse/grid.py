@@ -26,7 +26,7 @@ class Grid:
     widths, heights : tuple of int
         Columns and rows of each level.
     x, y : Tensor (sum of widths,), (sum of heights,) float
-        Coordinates of the columns and the rows of all levels, one level after the other.
+        Coordinates of the columns and the rows of all levels, one level after the other; none decreases in a level.
     x_strides, y_strides : Tensor (sum of widths,), (sum of heights,) float
         Stride of the level that each column, or row, belongs to.
 
@@ -81,7 +81,7 @@ class Grid:
     def of_points(cls, points: Tensor, strides: Tensor) -> Grid | None:
         """Find the grid that points (A, 2) of strides (A,) form, a level being a run of one stride; None if none.
 
-        Waits for the device once, and twice a level.
+        Coordinates must not decrease from a column or row to the next. Waits for the device once, and twice a level.
 
         Examples
         --------
@@ -97,7 +97,8 @@ class Grid:
                 return None
             cells = level.reshape(-1, width, 2)
             x, y = cells[0, :, 0], cells[:, 0, 1]
-            if not bool(((cells[..., 0] == x) & (cells[..., 1] == y[:, None])).all()):
+            regular = ((cells[..., 0] == x) & (cells[..., 1] == y[:, None])).all()
+            if not bool(regular & (x.diff() >= 0).all() & (y.diff() >= 0).all()):
                 return None
             widths.append(width)
             heights.append(len(y))
@@ -118,8 +119,11 @@ class Grid:
         rows = torch.split(in_rows.float(), list(self.heights), dim=-1)
         return torch.cat([(y.mT @ x).flatten(1) for x, y in zip(columns, rows, strict=True)], dim=1) > 0
 
-    def inside(self, in_columns: Tensor, in_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Anchors in each of S rectangles, as ragged rows; waits three times, for sizes.
+    def inside(self, in_columns: Tensor, in_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Anchors in each of S rectangles, as ragged rows; waits once, for sizes.
+
+        Coordinates never decrease, so that the columns and the rows of a rectangle follow each other: it is listed by
+        runs of anchors, of which there are few.
 
         Parameters
         ----------
@@ -128,27 +132,36 @@ class Grid:
 
         Returns
         -------
+        rectangle : Tensor (N,) int
+            Which one each anchor is in.
         anchor : Tensor (N,) int
             In order, rectangle by rectangle.
         counts : Tensor (S,) int
+            Anchors of each.
 
         Examples
         --------
         >>> grid = Grid.of_maps([(2, 2)], [8], like=torch.zeros(()))
         >>> [t.tolist() for t in grid.inside(torch.tensor([[True, True]]), torch.tensor([[False, True]]))]
-        [[2, 3], [2]]
+        [[0, 0], [2, 3], [2]]
         """
-        column, columns = _listed(in_columns, self.widths)
-        row, rows = _listed(in_rows, self.heights)
-        pairs = columns * rows  # of each rectangle and level
-        part, place = ragged_arange(pairs.flatten())
-        first_column, first_row = ((c.flatten().cumsum(0) - c.flatten())[part] for c in (columns, rows))
-        width = columns.flatten()[part]
-        level = part % len(self.widths)
-        own_width, start = (torch.tensor(n, device=part.device) for n in (self.widths, _starts(self.lengths)))
-        up = torch.div(place, width, rounding_mode="floor")
-        across = column[first_column + place - up * width]
-        return start[level] + row[first_row + up] * own_width[level] + across, pairs.sum(1)
+        first_column, columns = _spans(in_columns, self.widths)  # of each rectangle and level
+        first_row, rows = _spans(in_rows, self.heights)
+        counts = (columns * rows).sum(1)
+        rows = rows.where(columns > 0, 0)
+        runs, total = torch.stack([rows.sum(), counts.sum()]).tolist()
+
+        own_width, start = (torch.tensor(n, device=rows.device) for n in (self.widths, _starts(self.lengths)))
+        first = start + first_row * own_width + first_column
+        part, down = ragged_arange(rows.flatten(), total=runs)
+        level_width = own_width.expand_as(rows).flatten()
+        run_start = first.flatten().index_select(0, part) + down * level_width.index_select(0, part)
+        length = columns.flatten().index_select(0, part)
+        shift = run_start + length - length.cumsum(0)
+        anchor = torch.repeat_interleave(shift, length, output_size=total)
+        anchor += torch.arange(total, device=rows.device)
+        rectangles = torch.arange(len(rows), device=rows.device)
+        return torch.repeat_interleave(rectangles, counts, output_size=total), anchor, counts
 
 
 def _axis(sides: Sequence[int], strides: Sequence[int], like: Tensor, offset: float) -> tuple[Tensor, Tensor]:
@@ -158,11 +171,11 @@ def _axis(sides: Sequence[int], strides: Sequence[int], like: Tensor, offset: fl
     return (index + offset) * stride, stride
 
 
-def _listed(mask: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Index within its level of each marked column, in order, and how many each row of the mask has in each level."""
-    within = torch.cat([torch.arange(side, device=mask.device) for side in sides])
-    counts = torch.stack([part.sum(-1) for part in torch.split(mask, list(sides), dim=-1)], dim=-1)
-    return within[mask.nonzero()[:, 1]], counts
+def _spans(mask: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """First marked column within its level, and how many are marked, of each row of the mask and level, (S, L) each."""
+    levels = torch.split(mask.byte(), list(sides), dim=-1)
+    first, count = [level.argmax(-1) for level in levels], [level.sum(-1) for level in levels]
+    return torch.stack(first, dim=-1), torch.stack(count, dim=-1)
 
 
 def _starts(lengths: tuple[int, ...]) -> list[int]:

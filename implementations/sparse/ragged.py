@@ -6,12 +6,14 @@ how often they wait for the device.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 __all__ = ["ragged_arange", "ragged_smallest", "top_columns"]
 
-_FOLD = 32  # elements that `top_columns` compares before it looks for the largest
+_LEAST_FOLD = 4  # elements that `top_columns` compares before it looks for the largest, or it does not compare any
 
 
 def ragged_arange(counts: Tensor, *, total: int | None = None) -> tuple[Tensor, Tensor]:
@@ -39,7 +41,7 @@ def ragged_arange(counts: Tensor, *, total: int | None = None) -> tuple[Tensor, 
     rows = torch.arange(len(counts), device=counts.device)
     row = torch.repeat_interleave(rows, counts, output_size=total)
     before = counts.cumsum(0) - counts
-    return row, torch.arange(len(row), device=counts.device) - before[row]
+    return row, torch.arange(len(row), device=counts.device) - before.index_select(0, row)
 
 
 def ragged_smallest(keys: Tensor, counts: Tensor, take: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ def top_columns(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Give the k largest values of each row and their columns, unordered ties and all, as `torch.topk` does.
 
     The maxima of groups of columns are searched first: the largest k elements lie in the k groups of the largest
-    maxima. One pass of comparisons so replaces most of the search, which pays for rows of thousands.
+    maxima. One pass of comparisons so replaces most of the search, which pays for rows of hundreds.
 
     Parameters
     ----------
@@ -110,14 +112,15 @@ def top_columns(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ([[499.0, 498.0], [999.0, 998.0]], [[499, 498], [499, 498]])
     """
     rows, width = matrix.shape
-    groups = width // _FOLD
-    if groups <= 2 * k:
+    fold = math.isqrt(width // max(k, 1))  # then there are about as many maxima as elements in the chosen groups
+    if fold < _LEAST_FOLD:
         values, columns = matrix.topk(k, dim=1)
         return values, columns
-    folded = matrix[:, : groups * _FOLD].reshape(rows, _FOLD, groups)
+    groups = width // fold
+    folded = matrix[:, : groups * fold].reshape(rows, fold, groups)
     group = folded.amax(1).topk(k, dim=1).indices
-    members = torch.arange(_FOLD, device=matrix.device)[:, None] * groups + group[:, None]
-    rest = torch.arange(groups * _FOLD, width, device=matrix.device).expand(rows, -1)
+    members = torch.arange(fold, device=matrix.device)[:, None] * groups + group[:, None]
+    rest = torch.arange(groups * fold, width, device=matrix.device).expand(rows, -1)
     shortlist = torch.cat([members.flatten(1), rest], dim=1)
     values, chosen = matrix.gather(1, shortlist).topk(k, dim=1)
     return values, shortlist.gather(1, chosen)

@@ -2,8 +2,8 @@
 
 Arguments, results and their meaning are those of the operations in `detoracle.reference.rtmdet` and
 `detoracle.reference.rtmdet_loss`. The assignment is in `detoracle.implementations.sparse.rtmdet_matching`. The quality
-focal loss covers every class of every prior: it is computed in pieces that fit a cache, from one sigmoid and one
-softplus an entry, and its gradient is written beside it.
+focal loss covers every class of every prior: it is computed in pieces that fit a cache, and its gradient is written
+beside it (`detoracle.implementations.sparse.focal`). Positives, which weigh nothing there, are computed anew.
 
 What it trades: it waits for the device some tens of times, for sizes, and so suits a CPU; the gradient of the logits
 lives from the forward pass on, in the logits' dtype and no less than float32. A second backward pass through one loss
@@ -13,11 +13,10 @@ The gradient cannot be differentiated again. Priors that are no grid are assigne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,6 +25,7 @@ from detoracle.implementations.batched import rtmdet_loss as terms
 from detoracle.implementations.batched.anchor_head import inside_flags, valid_flags
 from detoracle.implementations.registry import implements
 from detoracle.implementations.sparse.dynamic_k import ClassRows, Truths
+from detoracle.implementations.sparse.focal import focal_background_loss
 from detoracle.implementations.sparse.grid import Grid
 from detoracle.implementations.sparse.maps import flat, listed, read
 from detoracle.implementations.sparse.memory import zeros
@@ -36,7 +36,6 @@ __all__ = ["assign", "loss"]
 
 _UNMATCHED_OVERLAP = -1e8
 _AVERAGE_EPS = 2.0**-23
-_CHUNK = 1 << 17  # logits treated at a time: a few such tensors fit a cache
 
 
 # ---------------------------------------------------------------------------------------------------------- assignment
@@ -139,8 +138,9 @@ def loss(
     class_loss_weight: float = 1.0,
     box_loss_weight: float = 2.0,
     giou_eps: float = 1e-6,
+    background: Callable[..., Tensor] = focal_background_loss,
 ) -> dict[str, Tensor]:
-    """Training loss of a batch: total, and classification and box of each level.
+    """Training loss of a batch: total, and classification and box of each level; `background` treats all logits.
 
     Examples
     --------
@@ -169,12 +169,16 @@ def loss(
     ground_truth, quality = assignment.gt_index[image, anchor], assignment.quality[image, anchor]
     counts = [len(images) for images, _, _ in where]
     truth_boxes, labels = gt_boxes[image, ground_truth], gt_labels[image, ground_truth].long()
-    own = [(images, label, cell) for (images, _, cell), label in zip(where, torch.split(labels, counts), strict=True)]
-    weights = None
-    if pos_weight > 0 or pad_shapes is not None or image_shapes is not None:
-        weights = torch.split(terms._label_weights(assignment.gt_index, pos_weight, gt_boxes), lengths, dim=1)
     targets = torch.split(quality, counts)
-    sums: Tensor = _ClassLoss.apply(own, targets, weights, beta, *class_logits)  # type: ignore[no-untyped-call]
+    average_factor = terms._mean_over_ranks(assignment.quality.sum()).clamp(min=1)
+    scale = class_loss_weight / (1 + _AVERAGE_EPS) / float(average_factor)
+    weights = (assignment.gt_index == BACKGROUND).to(dtype).mul_(scale)
+    positives = [
+        _Positives((images, label, cell), target.to(dtype), scale * pos_weight if pos_weight > 0 else scale)
+        for (images, _, cell), label, target in zip(where, torch.split(labels, counts), targets, strict=True)
+    ]
+    focal = _Focal(background, beta, positives, torch.split(weights, lengths, dim=1))
+    classification: Tensor = _ClassLoss.apply(focal, *class_logits)  # type: ignore[no-untyped-call]
 
     chosen = zip(torch.split(boxes[image, anchor], counts), torch.split(truth_boxes, counts), targets, strict=True)
     box = torch.stack(
@@ -185,8 +189,6 @@ def loss(
             for rows, level in zip(chosen, torch.split(boxes, lengths, dim=1), strict=True)
         ]
     )
-    average_factor = terms._mean_over_ranks(assignment.quality.sum()).clamp(min=1)
-    classification = class_loss_weight * (sums / (1 + _AVERAGE_EPS)) / average_factor
     box = box / average_factor
     return {"total": classification.sum() + box.sum(), "classification": classification, "box": box}
 
@@ -221,96 +223,83 @@ def _assign_maps(
     return _assign(class_rows, boxes, priors, grid, inside, gt_boxes, gt_labels, counted, centers, settings)
 
 
+class _Positives(NamedTuple):
+    """Positives of a level, (P,) each: image, class and cell; quality; and what their class losses weigh."""
+
+    where: tuple[Tensor, Tensor, Tensor]
+    quality: Tensor
+    weight: float
+
+
+class _Focal(NamedTuple):
+    """What treats all logits, an exponent, and level by level positives and the weights (B, H*W) of other priors."""
+
+    background: Callable[..., Tensor]
+    beta: float
+    positives: list[_Positives]
+    weights: tuple[Tensor, ...]
+
+
 class _ClassLoss(torch.autograd.Function):
-    """Quality focal loss of each level, summed (L,), and with it the gradient."""
+    """Quality focal loss of each level (L,), and with it the gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        own: Sequence[_Own],
-        quality: Sequence[Tensor],
-        weights: Sequence[Tensor] | None,
-        beta: float,
-        *levels: Tensor,
-    ) -> Tensor:
-        """Sum up; `own` and `quality` list the entries whose target is not 0."""
-        ctx.arguments = own, quality, weights, beta
+    def forward(ctx: Any, focal: _Focal, *levels: Tensor) -> Tensor:
+        """Sum up."""
+        ctx.focal = focal
         ctx.save_for_backward(*levels)
-        sums, ctx.gradients = _focal_levels(levels, *ctx.arguments, with_gradients=any(ctx.needs_input_grad))
-        return sums
+        losses, ctx.gradients = _focal_levels(levels, focal, with_gradients=any(ctx.needs_input_grad))
+        return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, to_sums: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale in place what the forward pass has left, which a second backward pass makes anew."""
+    def backward(ctx: Any, to_losses: Tensor) -> tuple[Tensor | None, ...]:
+        """Hand out what the forward pass has left, which a second backward pass makes anew."""
         levels: tuple[Tensor, ...] = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, []
         if not gradients:
-            _, gradients = _focal_levels(levels, *ctx.arguments, with_gradients=True)
-        scaled = (
-            gradient.mul_(scale).view(level.shape).to(level.dtype)
-            for gradient, scale, level in zip(gradients, to_sums, levels, strict=True)
-        )
-        return None, None, None, None, *scaled
+            _, gradients = _focal_levels(levels, ctx.focal, with_gradients=True)
+        for gradient, scale in zip(gradients, to_losses.tolist(), strict=True):
+            if scale != 1:
+                gradient.mul_(scale)
+        return None, *(g.view(level.shape).to(level.dtype) for g, level in zip(gradients, levels, strict=True))
 
 
-_Own = tuple[Tensor, Tensor, Tensor]  # image, class and cell of entries, by image
-
-
-def _focal_levels(
-    levels: Sequence[Tensor],
-    own: Sequence[_Own],
-    quality: Sequence[Tensor],
-    weights: Sequence[Tensor] | None,
-    beta: float,
-    *,
-    with_gradients: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """Sums (L,) over levels, and their gradients (B, C, H*W) if wanted, in float32 at least."""
-    dtype = torch.promote_types(levels[0].dtype, torch.float32)
-    sums: list[Tensor] = []
+def _focal_levels(levels: Sequence[Tensor], focal: _Focal, *, with_gradients: bool) -> tuple[Tensor, list[Tensor]]:
+    """Losses (L,) of levels, and their gradients (B, C, H*W) if wanted, in float32 at least."""
+    maps = [level.detach().flatten(2) for level in levels]
+    losses: list[Tensor] = []
     gradients: list[Tensor] = []
-    for number, level in enumerate(levels):
-        logits = level.detach().flatten(2)
-        if with_gradients:
-            gradients.append(zeros(logits.shape, like=logits.new_empty(0, dtype=dtype)))
-        room = gradients[-1] if with_gradients else None
-        rows = _focal_rows(logits, own[number], quality[number].to(dtype), beta, room)
-        if weights is not None:
-            rows = rows * weights[number]
-            for gradient in gradients[number:]:
-                gradient.mul_(weights[number][:, None])
-        sums.append(rows.sum())
-    return torch.stack(sums), gradients
+    own = _own_losses(maps, focal)
+    for logits, positives, weight, (own_loss, own_slope) in zip(maps, focal.positives, focal.weights, own, strict=True):
+        gradient = zeros(logits.shape, like=weight[:0]) if with_gradients else None
+        loss = focal.background(logits, weight, gamma=focal.beta, gradient=gradient)
+        losses.append(loss + own_loss.sum() * positives.weight + _others(logits, positives, focal, gradient))
+        if gradient is not None:
+            gradient[positives.where] = own_slope * positives.weight
+            gradients.append(gradient)
+    return torch.stack(losses), gradients
 
 
-def _focal_rows(logits: Tensor, own: _Own, quality: Tensor, beta: float, gradient: Tensor | None) -> Tensor:
-    """Quality focal loss (B, N) of logits (B, C, N), summed over classes; writes its gradient if there is room."""
-    images, classes, cells = logits.shape
-    image, label, cell = own
+def _own_losses(maps: list[Tensor], focal: _Focal) -> list[tuple[Tensor, Tensor]]:
+    """Losses (P,) of positives' own classes, and slopes, of each level."""
+    counts = [len(positives.quality) for positives in focal.positives]
+    quality = torch.cat([positives.quality for positives in focal.positives])
+    read = [logits[positives.where] for logits, positives in zip(maps, focal.positives, strict=True)]
     with torch.enable_grad():
-        own_logits = logits[own].to(quality.dtype).requires_grad_()
-        own_loss = terms._focal(own_logits, quality, False, beta)
-        [own_gradient] = torch.autograd.grad(own_loss.sum(), own_logits)
-    own_loss = own_loss.detach()
+        logits = torch.cat(read).to(quality.dtype).requires_grad_()
+        losses = terms._focal(logits, quality, False, focal.beta)
+        [slopes] = torch.autograd.grad(losses.sum(), logits)
+    return list(zip(torch.split(losses.detach(), counts), torch.split(slopes, counts), strict=True))
 
-    rows, entries = quality.new_empty(images, cells), quality.new_empty(classes, cells)
-    step, last = max(1, _CHUNK // max(cells, 1)), 0
-    for number, count in enumerate(image.bincount(minlength=images).tolist()):
-        for start in range(0, classes, step):
-            part = slice(start, start + step)
-            x = logits[number, part].to(quality.dtype)
-            probability = torch.sigmoid(x)
-            weight = probability**beta
-            entropy = F.softplus(x, threshold=40)  # log(1 + exp(x)), from 40 on equal to x in any dtype
-            torch.mul(entropy, weight, out=entries[part])
-            if gradient is not None:
-                # The product rule, where the slope of the entropy is p and that of the weight beta * weight * (1 - p).
-                slope = (1 - probability).mul_(entropy)
-                torch.mul(probability.add_(slope, alpha=beta), weight, out=gradient[number, part])
-        first, last = last, last + count
-        entries[label[first:last], cell[first:last]] = own_loss[first:last]
-        torch.sum(entries, 0, out=rows[number])
-    if gradient is not None:
-        gradient[own] = own_gradient
-    return rows
+
+def _others(logits: Tensor, positives: _Positives, focal: _Focal, gradient: Tensor | None) -> Tensor:
+    """Loss of positives' other classes, logits (B, C, N); writes the gradient of all if there is room, 0 of the own."""
+    image, label, cell = positives.where
+    others = logits[image, :, cell].scatter_(1, label[:, None], -torch.inf).mT.contiguous()[None]
+    room = None if gradient is None else torch.empty_like(others, dtype=gradient.dtype)
+    weights = positives.quality.new_full((1, len(image)), positives.weight)
+    loss = focal.background(others, weights, gamma=focal.beta, gradient=room)
+    if gradient is not None and room is not None:
+        gradient[image, :, cell] = room[0].mT
+    return loss

@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detoracle.implementations.sparse.dynamic_k import Boxes, ClassRows, ClassTable, Matcher, Pairs, Truths
+from detoracle.implementations.sparse.dynamic_k import Boxes, ClassRows, ClassTable, Matcher, Pairs, Truths, chosen
 from detoracle.implementations.sparse.grid import Grid
-from detoracle.implementations.sparse.ragged import ragged_arange
 
 __all__ = ["RTMDetMatcher", "Settings"]
 
@@ -66,8 +65,8 @@ class RTMDetMatcher(Matcher):
         settings: Settings,
     ) -> None:
         super().__init__(_boxes(truths.box), _boxes(boxes), truths, candidate, settings.topk)
-        self.priors, self.grid, self.centers = priors, grid, centers
-        self.candidate, self.settings = candidate, settings
+        self.priors, self.grid, self.centers = priors.mT.contiguous(), grid, centers.mT.contiguous()
+        self.candidate, self.settings = candidate.contiguous(), settings
         self.table = ClassTable(class_rows, _class_terms, self.predicted.area)
 
     def match(self) -> tuple[Tensor, Tensor]:
@@ -86,23 +85,27 @@ class RTMDetMatcher(Matcher):
             bound = torch.full_like(bound, torch.inf)
 
         row, anchor = self._near(bound)
-        _, *parts = self._parts(row, anchor)
-        [within] = (~(sum(parts) > bound[row])).nonzero(as_tuple=True)  # a NaN may be claimed too
-        row, anchor = row[within], anchor[within]
-        self.table.add(self.truths.image[row], anchor)
-        return self.resolve(Pairs(row, anchor, self.cost(row, anchor)).smallest(dynamic_k)), dynamic_k
+        parts = self._parts(row, anchor)
+        least = parts.iou_cost + parts.distance_cost
+        [within] = (~(least > chosen(bound, row))).nonzero(as_tuple=True)  # a NaN may be claimed too
+        row, anchor, parts = (
+            chosen(row, within),
+            chosen(anchor, within),
+            _Parts(*(chosen(part, within) for part in parts)),
+        )
+        self.table.add(chosen(self.truths.image, row), anchor)
+        return self.resolve(Pairs(row, anchor, self._cost(row, anchor, parts)).smallest(dynamic_k)), dynamic_k
 
     def _near(self, bound: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs with the candidates at which the distance cost alone is within the bound, and some more, in order."""
         strides = torch.log10(bound.clamp(min=torch.finfo(bound.dtype).tiny)) + self.settings.soft_center_radius
         reach = (strides + strides.abs() / 32 + 1 / 32)[:, None]  # a slack much wider than any rounding
-        in_columns = (self.grid.x - self.centers[:, :1]).abs() <= reach * self.grid.x_strides
-        in_rows = (self.grid.y - self.centers[:, 1:]).abs() <= reach * self.grid.y_strides
+        in_columns = (self.grid.x - self.centers[0, :, None]).abs() <= reach * self.grid.x_strides
+        in_rows = (self.grid.y - self.centers[1, :, None]).abs() <= reach * self.grid.y_strides
         all_out = bound[:, None] == torch.inf  # also of ground truths whose centre is no number
-        anchor, counts = self.grid.inside(in_columns | all_out, in_rows | all_out)
-        row, _ = ragged_arange(counts, total=len(anchor))
-        [kept] = self.candidate[self.truths.image[row], anchor].nonzero(as_tuple=True)
-        return row[kept], anchor[kept]
+        row, anchor, _ = self.grid.inside(in_columns | all_out, in_rows | all_out)
+        [kept] = chosen(self.candidate.view(-1), chosen(self._first, row) + anchor).nonzero(as_tuple=True)
+        return chosen(row, kept), chosen(anchor, kept)
 
     def iou_of(self, a: Boxes, b: Boxes) -> Tensor:
         """IoU, of a union no smaller than a millionth."""
@@ -113,19 +116,30 @@ class RTMDetMatcher(Matcher):
 
     def cost(self, row: Tensor, anchor: Tensor) -> Tensor:
         """Cost of classes, IoU and distance."""
-        own, none = self.table.of(self.truths.image[row], anchor, self.truths.label[row])
-        iou, iou_cost, distance_cost = self._parts(row, anchor)
-        others = (none - _background(own)).to(own.dtype)
-        class_cost = others + ((1 - iou) * own - F.logsigmoid(own)) * (iou - torch.sigmoid(own)) ** 2
-        return class_cost + iou_cost + distance_cost
+        return self._cost(row, anchor, self._parts(row, anchor))
 
-    def _parts(self, row: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """IoU, IoU cost and distance cost of pairs."""
-        iou, center, prior = self.iou(row, anchor), self.centers[row], self.priors[anchor]
-        away = (prior[..., :2] - center).square_()
-        distance = (away[..., 0] + away[..., 1]).sqrt() / prior[..., 2]
-        iou_cost = -torch.log(iou + 1e-7) * self.settings.iou_weight
-        return iou, iou_cost, 10.0 ** (distance - self.settings.soft_center_radius)
+    def _cost(self, row: Tensor, anchor: Tensor, parts: _Parts) -> Tensor:
+        own, none = self.table.of(chosen(self.truths.image, row), anchor, chosen(self.truths.label, row))
+        others = (none - _background(own)).to(own.dtype)
+        class_cost = others + ((1 - parts.iou) * own - F.logsigmoid(own)) * (parts.iou - torch.sigmoid(own)) ** 2
+        return class_cost + parts.iou_cost + parts.distance_cost
+
+    def _parts(self, row: Tensor, anchor: Tensor) -> _Parts:
+        iou = self.iou(row, anchor)
+        (x, y), (to_x, to_y) = self.priors[:2], self.centers
+        away_x = chosen(x, anchor).sub_(chosen(to_x, row)).square_()
+        away_y = chosen(y, anchor).sub_(chosen(to_y, row)).square_()
+        distance = away_x.add_(away_y).sqrt_().div_(chosen(self.priors[2], anchor))
+        iou_cost = torch.log(iou + 1e-7).neg_().mul_(self.settings.iou_weight)
+        return _Parts(iou, iou_cost, 10.0 ** distance.sub_(self.settings.soft_center_radius))
+
+
+class _Parts(NamedTuple):
+    """IoU, IoU cost and distance cost of pairs."""
+
+    iou: Tensor
+    iou_cost: Tensor
+    distance_cost: Tensor
 
 
 def _boxes(boxes: Tensor) -> Boxes:

@@ -13,7 +13,7 @@ points that are no grid are left to `batched`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +64,9 @@ def assign(
             scores, boxes, anchor_points, gt_boxes, gt_labels, gt_valid, topk=topk, alpha=alpha, beta=beta
         )
     predictions = Predictions(
-        lambda wanted: boxes.permute(2, 0, 1), lambda image, anchor, label: scores[image, anchor, label], num_classes
+        lambda wanted: boxes.permute(2, 0, 1),
+        lambda image, label, row, anchor: scores[image[row], anchor, label[row]],
+        num_classes,
     )
     truths = Truths(gt_boxes, gt_labels, batched._with_class(gt_labels, gt_valid, num_classes))
     gt_index, quality = match(predictions, grid, truths, Settings(topk, alpha, beta))
@@ -103,8 +105,9 @@ def loss(
     box_gain: float = 7.5,
     cls_gain: float = 0.5,
     dfl_gain: float = 1.5,
+    background: Callable[..., Tensor] = background_loss,
 ) -> dict[str, Tensor]:
-    """Training loss of a batch: total, box, cls, dfl.
+    """Training loss of a batch: total, box, cls, dfl; `background` treats all class logits.
 
     Examples
     --------
@@ -119,9 +122,19 @@ def loss(
     truths = Truths(gt_boxes, gt_labels, counted)
     detached = [level.detach().flatten(2) for level in raw]
     positives = _assigned(detached, reg_max, grid, truths, Settings(topk, alpha, beta))
-    total, parts = _Loss.apply(positives, (box_gain, cls_gain, dfl_gain), *raw)  # type: ignore[no-untyped-call]
+    gains = _Gains(background, box_gain, cls_gain, dfl_gain)
+    total, parts = _Loss.apply(positives, gains, *raw)  # type: ignore[no-untyped-call]
     box, cls, dfl = parts.unbind()
     return {"total": total, "box": box, "cls": cls, "dfl": dfl}
+
+
+class _Gains(NamedTuple):
+    """What treats all class logits, and what the parts weigh."""
+
+    background: Callable[..., Tensor]
+    box: float
+    cls: float
+    dfl: float
 
 
 class _Positives(NamedTuple):
@@ -143,28 +156,30 @@ class _Positives(NamedTuple):
 def _assigned(maps: list[Tensor], reg_max: int, grid: Grid, truths: Truths, settings: Settings) -> _Positives:
     """Assign from maps (B, 4*R+C, H*W), of which only the anchors inside boxes are read."""
     channels, lengths = 4 * reg_max, grid.lengths
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
     points = torch.stack(grid.cells(), dim=1) + 0.5
     stride = grid.points()[2]
 
     def boxes(wanted: Tensor) -> Tensor:
-        found = maps[0].new_zeros(4, *wanted.shape)
-        levels = zip(maps, listed(wanted, lengths), torch.split(found, list(lengths), dim=2), strict=True)
-        for level, (image, _, cells), room in levels:
+        distances = maps[0].new_empty(4, wanted.numel())
+        for level, start, (image, _, cells) in zip(maps, starts, listed(wanted, lengths), strict=True):
             per_image = torch.split(cells, image.bincount(minlength=len(level)).tolist())
-            for number, cell in enumerate(per_image):
-                room[:, number, cell] = _distances(level[number, :channels].index_select(1, cell))
-        left, top, right, bottom = found
+            pieces = zip(level[:, :channels], per_image, strict=True)  # one at a time, to fit a cache
+            decoded = [_distances(logits.index_select(1, cell)) for logits, cell in pieces]
+            distances.index_copy_(1, image * wanted.shape[1] + (cells + start), torch.cat(decoded, dim=1))
+        left, top, right, bottom = distances.view(4, *wanted.shape)
         x, y = points.unbind(1)
         sides = torch.stack([x - left, y - top, x + right, y + bottom])
         return sides.mul_(stride).to(truths.boxes.dtype)
 
-    def scores(image: Tensor, anchor: Tensor, label: Tensor) -> Tensor:
-        found = maps[0].new_empty(len(image))
-        start = 0
-        for level in maps:
-            [here] = ((anchor >= start) & (anchor < start + level.shape[2])).nonzero(as_tuple=True)
-            found[here] = level[image[here], channels + label[here], anchor[here] - start]
-            start += level.shape[2]
+    def scores(image: Tensor, label: Tensor, row: Tensor, anchor: Tensor) -> Tensor:
+        found = maps[0].new_empty(len(row))
+        for level, start in zip(maps, starts, strict=True):
+            length = level.shape[2]
+            [here] = ((anchor >= start) & (anchor < start + length)).nonzero(as_tuple=True)
+            first = (image * level.shape[1] + (channels + label)) * length - start
+            place = first.index_select(0, row.index_select(0, here)) + anchor.index_select(0, here)
+            found.index_copy_(0, here, level.reshape(-1).index_select(0, place))
         return found.sigmoid_()
 
     num_classes = maps[0].shape[1] - channels
@@ -196,9 +211,7 @@ class _Loss(torch.autograd.Function):
     """Total, and box, class and DFL parts (3,), which train nothing; and with them the gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, positives: _Positives, gains: tuple[float, float, float], *raw: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, positives: _Positives, gains: _Gains, *raw: Tensor) -> tuple[Tensor, Tensor]:
         """Add up."""
         ctx.arguments = positives, gains
         ctx.save_for_backward(*raw)
@@ -221,24 +234,23 @@ class _Loss(torch.autograd.Function):
 
 
 def _losses(
-    raw: Sequence[Tensor], positives: _Positives, gains: tuple[float, float, float], *, with_gradients: bool
+    raw: Sequence[Tensor], positives: _Positives, gains: _Gains, *, with_gradients: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Total (), parts (3,) and, if wanted, the gradient of the total to each level, in float32 at least."""
     where, channels, images = positives.where, 4 * positives.reg_max, len(raw[0])
     maps = [level.detach().flatten(2) for level in raw]
     dtype = torch.promote_types(maps[0].dtype, torch.float32)
     normaliser = positives.weight.sum(dtype=dtype).clamp(min=1)
-    box_gain, cls_gain, dfl_gain = gains
     with torch.enable_grad():
         logits = _box_logits(maps, where, channels).requires_grad_()
         box, dfl = _box_losses(logits, positives, dtype)
-        box = box / normaliser * box_gain
+        box = box / normaliser * gains.box
         if positives.reg_max > 1:  # a head without bins has no such part, not even 0 / NaN
-            dfl = dfl / normaliser * dfl_gain
+            dfl = dfl / normaliser * gains.dfl
         to_logits = torch.autograd.grad((box + dfl) * images, logits)[0] if with_gradients else logits
 
     gradients = [zeros(level.shape, like=level.new_empty(0, dtype=dtype)) for level in maps] if with_gradients else []
-    scale = cls_gain * images / float(normaliser)
+    scale = gains.cls * images / float(normaliser)
     cls = normaliser.new_zeros(())
     per_level = (positives.of_levels(values) for values in (positives.label, positives.weight, to_logits))
     for number, (level, (image, _, cell), label, weight, rows) in enumerate(zip(maps, where, *per_level, strict=True)):
@@ -246,12 +258,12 @@ def _losses(
         gradient = gradients[number] if with_gradients else None
         for index, class_logits in enumerate(level[:, channels:]):
             room = None if gradient is None else gradient[index, channels:]
-            cls = cls + background_loss(class_logits, scale=scale, gradient=room)
+            cls = cls + gains.background(class_logits, scale=scale, gradient=room)
         cls = cls - (level[own] * weight).sum(dtype=dtype)
         if gradient is not None:
             gradient[own] -= (weight * scale).to(dtype)
             gradient[image, :channels, cell] = rows.to(dtype)
-    cls = cls / normaliser * cls_gain
+    cls = cls / normaliser * gains.cls
     parts = torch.stack([box.detach(), cls, dfl.detach()])
     return parts.sum() * images, parts, [g.view(level.shape) for g, level in zip(gradients, raw, strict=False)]
 

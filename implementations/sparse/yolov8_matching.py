@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detoracle.implementations.batched import yolov8 as batched
 from detoracle.implementations.sparse.grid import Grid
-from detoracle.implementations.sparse.ragged import ragged_arange, top_columns
+from detoracle.implementations.sparse.ragged import top_columns
 from detoracle.reference.assignment import BACKGROUND
 
 __all__ = ["Predictions", "Settings", "Truths", "match"]
@@ -53,12 +53,13 @@ class Predictions(NamedTuple):
     boxes : callable
         From a mask (B, A): left, top, right and bottom in pixels, (4, B, A), of the anchors it marks; of others any.
     scores : callable
-        From image, anchor and class of pairs, (N,) each: probabilities (N,).
+        From image and class of ground truths, (T,) each, and ground truth and anchor of pairs, (N,) each: probabilities
+        (N,).
     num_classes : int
     """
 
     boxes: Callable[[Tensor], Tensor]
-    scores: Callable[[Tensor, Tensor, Tensor], Tensor]
+    scores: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     num_classes: int
 
 
@@ -69,21 +70,19 @@ def match(predictions: Predictions, grid: Grid, truths: Truths, settings: Settin
     in_columns = (grid.x - left > _EPS) & (right - grid.x > _EPS) & truths.counted[..., None]
     in_rows = (grid.y - top > _EPS) & (bottom - grid.y > _EPS)
     image, column = truths.counted.nonzero(as_tuple=True)
-    anchor, counts = grid.inside(in_columns[image, column], in_rows[image, column])
+    row, anchor, counts = grid.inside(in_columns[image, column], in_rows[image, column])
     gt_index = torch.full((images, anchors), BACKGROUND, device=anchor.device)
     quality = truths.boxes.new_zeros(images, anchors)
     if not len(anchor):
         return gt_index, quality
 
-    row, _ = ragged_arange(counts, total=len(anchor))
-    of_image = image.index_select(0, row)  # faster than indexing, as below
-    place = of_image * anchors + anchor
+    place = (image * anchors).index_select(0, row) + anchor  # faster than indexing, as below
     boxes = predictions.boxes(grid.covered(in_columns, in_rows)).flatten(1)
     target = truths.boxes[image, column].mT.contiguous()
     predicted, wanted = [side.index_select(0, place) for side in boxes], [side.index_select(0, row) for side in target]
     overlap = batched._iou(batched._sides(wanted), batched._sides(predicted)).clamp_(min=0)
     label = truths.labels[image, column].long().remainder(predictions.num_classes)
-    score = predictions.scores(of_image, anchor, label.index_select(0, row))
+    score = predictions.scores(image, label, row, anchor)
     metric = score**settings.alpha * overlap**settings.beta
 
     claims = _claims(metric, row, anchor, counts, settings.topk)
@@ -99,7 +98,7 @@ def match(predictions: Predictions, grid: Grid, truths: Truths, settings: Settin
     gt_index.view(-1)[assigned] = column[of_row]
     quality = quality.to(metric.dtype)
     quality.view(-1)[assigned] = own * best_overlap / (best + _EPS)
-    quality[of_image[metric.isnan().nonzero()[:, 0]]] = torch.nan
+    quality[image[row[metric.isnan().nonzero()[:, 0]]]] = torch.nan
     return gt_index, quality
 
 
@@ -127,9 +126,10 @@ def _largest(metric: Tensor, counts: Tensor, topk: int) -> Tensor:
     padded = torch.cat([metric, metric.new_full((1,), -torch.inf)])
     while start < len(lengths) and lengths[start] > 0:
         last = start + max(1, _CHUNK // lengths[start])
-        columns, rows = torch.arange(lengths[start], device=metric.device), order[start:last]
-        table = torch.where(columns < counts[rows, None], first[rows, None] + columns, len(metric))
-        found.append(table.gather(1, top_columns(padded.take(table), min(topk, len(columns)))[1]).flatten())
+        columns, rows = torch.arange(lengths[start], device=metric.device), order[start:last, None]
+        index = (first[rows] + columns).masked_fill_(columns >= counts[rows], len(metric))
+        table = padded.index_select(0, index.flatten()).view_as(index)
+        found.append(index.gather(1, top_columns(table, min(topk, len(columns)))[1]).flatten())
         start = last
     largest = torch.cat(found)
     return largest[largest < len(metric)]

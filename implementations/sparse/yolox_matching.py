@@ -20,7 +20,6 @@ from torch import Tensor
 
 from detoracle.implementations.sparse.dynamic_k import Boxes, ClassRows, ClassTable, Matcher, Pairs, Truths
 from detoracle.implementations.sparse.grid import Grid
-from detoracle.implementations.sparse.ragged import ragged_arange
 from detoracle.reference.assignment import BACKGROUND, Assignment
 from detoracle.reference.errors import InputError
 
@@ -118,10 +117,9 @@ class _Matcher(Matcher):
         self.table = ClassTable(predictions.class_rows, self._class_terms, predictions.objectness)
         self.x, self.y, self.strides = grid.points()
 
-    def match(self, anchor: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def match(self, row: Tensor, anchor: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """From the geometry, ragged rows of anchors: ground truth of each anchor (B, A), and numbers of claims (T,)."""
         dynamic_k, best, filled = self.best()
-        row, _ = ragged_arange(counts, total=len(anchor))
         rows, places = (filled & (counts < dynamic_k)[:, None]).nonzero(as_tuple=True)
         self.table.add(self.truths.image[torch.cat([row, rows])], torch.cat([anchor, best[rows, places]]))
         geometry = Pairs(row, anchor, self.cost(row, anchor))

@@ -152,13 +152,13 @@ def test_every_built_in_can_be_loaded_and_is_unique() -> None:
 # ----------------------------------------------------------------------------------------- what cannot run everywhere
 def test_kernels_for_a_gpu_are_not_listed_for_a_cpu() -> None:
     assert "triton" not in {one.name for one in discover()}
-    assert unavailable("cpu") == {"triton": "needs a GPU"}
+    assert unavailable("cpu")["triton"] == "needs a GPU"
     assert preferred("yolox.loss", device="cpu").name == "sparse"
 
 
 def test_kernels_are_listed_for_a_gpu() -> None:
     pytest.importorskip("triton")
-    assert unavailable("cuda") == {}
+    assert unavailable("cuda") == {"compiled": "is for a CPU"}
     assert "triton" in {one.name for one in discover(device="cuda") if one.operation == "yolox.assign"}
     assert preferred("yolox.loss", device="cuda").name == "triton"
     assert preferred("yolox.cost", device="cuda").name == "batched"
@@ -166,7 +166,8 @@ def test_kernels_are_listed_for_a_gpu() -> None:
 
 def test_without_triton_plain_pytorch_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    assert unavailable("cuda") == {"triton": "needs the package triton: pip install detoracle[triton]"}
+    needs = "needs the package triton: pip install detoracle[triton]"
+    assert unavailable("cuda") == {"compiled": "is for a CPU", "triton": needs}
     assert preferred("yolox.loss", device="cuda").name == "batched"
 
 

@@ -33,7 +33,7 @@ def test_ragged_of_nothing() -> None:
     assert len(ragged_smallest(torch.zeros(0), torch.zeros(3, dtype=torch.int64), torch.ones(3))) == 0
 
 
-@pytest.mark.parametrize("width", [10, 639, 640, 641, 700, 2000])
+@pytest.mark.parametrize("width", [10, 159, 160, 161, 700, 2000])
 @pytest.mark.parametrize("poison", [0.5, torch.nan, torch.inf])
 def test_top_columns_are_those_of_topk(width: int, poison: float) -> None:
     matrix = torch.rand(4, width, generator=torch.Generator().manual_seed(width))
@@ -71,19 +71,28 @@ def test_points_that_are_no_grid_are_not_taken_for_one(wrong: int) -> None:
     assert Grid.of_points(points.flip(0).roll(3, 0), strides.flip(0).roll(3)) is None
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_points_that_go_backwards_are_not_taken_for_a_grid(axis: int) -> None:
+    x, y, strides = grid().points()
+    points = torch.stack([x, y], dim=1)
+    points[:, axis] *= -1
+    assert Grid.of_points(points, strides) is None
+
+
 def test_rectangles_hold_what_comparing_every_point_finds() -> None:
     generator = torch.Generator().manual_seed(1)
     low = torch.rand(40, 2, generator=generator) * 64
     high = low + torch.rand(40, 2, generator=generator) * 50
     high[5] = low[5]
+    high[6, 0], high[7, 1] = low[6, 0], low[7, 1]  # rows without columns, and columns without rows
     g = grid()
     in_columns = (g.x > low[:, :1]) & (g.x < high[:, :1])
     in_rows = (g.y > low[:, 1:]) & (g.y < high[:, 1:])
     x, y, _ = g.points()
     want = (x > low[:, :1]) & (x < high[:, :1]) & (y > low[:, 1:]) & (y < high[:, 1:])
-    anchor, counts = g.inside(in_columns, in_rows)
+    rectangle, anchor, counts = g.inside(in_columns, in_rows)
     assert torch.equal(counts, want.sum(1))
-    assert torch.equal(anchor, want.nonzero()[:, 1])
+    assert torch.equal(torch.stack([rectangle, anchor], dim=1), want.nonzero())
     halves = g.covered(in_columns.view(2, 20, -1), in_rows.view(2, 20, -1))
     assert torch.equal(halves, want.view(2, 20, -1).any(1))
 

@@ -12,6 +12,7 @@ from detoracle.implementations.batched import rtmdet_loss as batched_loss
 from detoracle.implementations.registry import marked_in
 from detoracle.implementations.sparse import rtmdet as sparse
 from detoracle.implementations.sparse import rtmdet_matching as matching
+from detoracle.implementations.sparse.focal import focal_background_loss
 from detoracle.properties.checking import cases, judge_case
 from detoracle.properties.comparison import expect
 from detoracle.properties.edge_cases import edge_cases
@@ -102,6 +103,44 @@ def test_loss_of_half_maps_under_autocast(dtype: torch.dtype) -> None:
     given |= {name: [level.to(dtype) for level in given[name]] for name in ("class_logits", "distances")}
     with torch.autocast("cpu", dtype):
         assert not expect(RTMDET, LOSS, given).judge(perform(LOSS, sparse.loss, given)).wrong
+
+
+def test_small_losses_of_positives_survive_large_ones_of_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of what background costs, from which a positive's own class is taken off, would be its rounding error."""
+    points = batched.priors([(8, 8)], [8])[:, :2]
+    gt, one = torch.tensor([[[8.0, 8, 56, 56]]]), torch.ones(1, 1, dtype=torch.bool)
+    distances = batched.encode(points, gt[0].expand(len(points), 4)).mT.reshape(1, 4, 8, 8)  # IoUs are 1
+    logits = torch.full((1, 2, 8, 8), -30.0)
+    given = {"class_logits": [logits], "distances": [distances], "strides": [8]}
+    given |= {"gt_boxes": gt, "gt_labels": torch.zeros(1, 1, dtype=torch.int64), "gt_valid": one}
+    boxes = batched.decode(points, distances.flatten(2).mT)
+    positive = batched.assign(
+        logits.flatten(2).mT,
+        boxes,
+        batched.priors([(8, 8)], [8]),
+        torch.ones(1, 64, dtype=torch.bool),
+        gt,
+        given["gt_labels"],
+        one,
+    ).positive
+    logits[:, 0].masked_fill_(positive.view(1, 8, 8), 70.0)
+    expected, others = expect(RTMDET, LOSS, given), sparse._others
+    assert not expected.judge(perform(LOSS, sparse.loss, given)).wrong
+    error = torch.finfo(torch.float32).eps * float(logits.amax())
+    monkeypatch.setattr(sparse, "_others", lambda *rest: others(*rest) + error)
+    assert expected.judge(perform(LOSS, sparse.loss, given)).wrong
+
+
+def test_all_logits_are_treated_by_the_given_pass() -> None:
+    given = native(EDGE["ragged-full"])
+    shapes = []
+
+    def background(logits: torch.Tensor, *rest: Any, **settings: Any) -> torch.Tensor:
+        shapes.append(tuple(logits.shape))
+        return focal_background_loss(logits, *rest, **settings)
+
+    assert torch.equal(sparse.loss(**given, background=background)["total"], sparse.loss(**given)["total"])
+    assert {tuple(level.flatten(2).shape) for level in given["class_logits"]} <= set(shapes)
 
 
 # ------------------------------------------------------------------------------------------------- to the last anchor

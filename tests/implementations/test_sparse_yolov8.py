@@ -11,6 +11,7 @@ from detoracle.implementations.batched import yolov8 as batched
 from detoracle.implementations.registry import marked_in
 from detoracle.implementations.sparse import yolov8 as sparse
 from detoracle.implementations.sparse import yolov8_matching as matching
+from detoracle.implementations.sparse.background import background_loss
 from detoracle.properties.checking import cases, judge_case
 from detoracle.properties.comparison import expect
 from detoracle.properties.edge_cases import edge_cases
@@ -158,6 +159,18 @@ def test_half_precision_maps_go_with_single_precision_boxes() -> None:
     assert {part.dtype for part in parts.values()} == {torch.float32}
     assert {level.dtype for level in torch.autograd.grad(parts["total"], given["raw"])} == {torch.bfloat16}
     assert not expect(YOLOV8, LOSS, given).judge(perform(LOSS, sparse.loss, given)).wrong
+
+
+def test_all_class_logits_are_treated_by_the_given_pass() -> None:
+    given = native(EDGE["ragged-full"])
+    treated = []
+
+    def background(logits: torch.Tensor, **settings: Any) -> torch.Tensor:
+        treated.append(logits.numel())
+        return background_loss(logits, **settings)
+
+    assert torch.equal(sparse.loss(**given, background=background)["total"], sparse.loss(**given)["total"])
+    assert sum(treated) == sum(level[:, 64:].numel() for level in given["raw"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost

@@ -20,7 +20,7 @@ from detoracle.properties.random_scenes import random_scenes
 from detoracle.properties.realistic import realistic
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import system_of
-from detoracle.reference import yolox as oracle
+from detoracle.reference import yolox_loss as oracle
 from detoracle.reference.errors import InputError
 from detoracle.reports.counters import count
 
