@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from detoracle.implementations.batched.anchor_head import inside_flags, valid_flags
+from detoracle.implementations.batched.anchor_head_boxes import inside_flags, valid_flags
 from detoracle.implementations.batched.anchor_head_terms import overlaps_mmdet
 from detoracle.implementations.batched.rtmdet import assign, decode, priors
 from detoracle.implementations.registry import implements

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from detoracle.implementations.batched import anchor_head as batched
 from detoracle.implementations.batched import anchor_head_terms as terms
+from detoracle.implementations.batched.anchor_head_boxes import decode, encode, inside_flags, valid_flags
 from detoracle.implementations.registry import implements
 from detoracle.implementations.sparse.anchor_head_overlaps import Overlaps, Pieces, Rules, boxes_of
 from detoracle.implementations.sparse.focal import focal_background_loss
@@ -118,13 +119,13 @@ def loss(
     if class_loss != "focal" or not bool(finite):
         given = {"strides": strides, "allowed_border": allowed_border, "class_loss": class_loss, **settings}
         return batched.loss(cls_scores, bbox_preds, anchors, *truths, *shapes, *ignored, **given)
-    valid = batched.valid_flags(
+    valid = valid_flags(
         pad_shapes,
         sizes=[tuple(level.shape[2:]) for level in bbox_preds],
         strides=strides,
         base_anchors=[level.shape[1] // 4 for level in bbox_preds],
     )
-    inside = batched.inside_flags(anchors, valid, image_shapes, allowed_border=allowed_border)
+    inside = inside_flags(anchors, valid, image_shapes, allowed_border=allowed_border)
     rules = {name: value for name, value in settings.items() if name in batched._ASSIGNER}
     gt_index = assign(anchors, gt_boxes, gt_valid, inside, *ignored, **rules).gt_index
     others = {name: value for name, value in settings.items() if name not in batched._ASSIGNER}
@@ -166,9 +167,9 @@ def _loss(
         positives.append(_Positives(image, anchor, gt_labels[image, ground_truth].long()))
         predicted, target = deltas.flatten(2)[positives[-1].channels(deltas.shape[1], 4)], gt_boxes[image, ground_truth]
         if reg_decoded_bbox:
-            predicted = batched.decode(own[anchor], predicted, means=means, stds=stds)
+            predicted = decode(own[anchor], predicted, means=means, stds=stds)
         else:
-            target = batched.encode(own[anchor], target, means=means, stds=stds)
+            target = encode(own[anchor], target, means=means, stds=stds)
         weight = torch.ones_like(target)
         if box_loss == "smooth_l1":
             box.append(terms.smooth_l1_loss(predicted, target, weight, beta=beta, **average))

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from detoracle.implementations.batched import rtmdet as batched
 from detoracle.implementations.batched import rtmdet_loss as terms
-from detoracle.implementations.batched.anchor_head import inside_flags, valid_flags
+from detoracle.implementations.batched.anchor_head_boxes import inside_flags, valid_flags
 from detoracle.implementations.registry import implements
 from detoracle.implementations.sparse.dynamic_k import ClassRows, Truths
 from detoracle.implementations.sparse.focal import focal_background_loss

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from detoracle.implementations.batched import anchor_head as batched
+from detoracle.implementations.batched.anchor_head_boxes import inside_flags
 from detoracle.implementations.registry import discover
 from detoracle.properties.anchor_head import HEADS
 from detoracle.properties.checking import Case, cases, judge_case
@@ -161,7 +162,7 @@ def without_claims(**given: Any) -> Any:
 
 def right_limit_counts(allowed_border: float, **given: Any) -> Any:
     """Anchors may touch the right and bottom limit."""
-    return batched.inside_flags(**given, allowed_border=allowed_border + 2**-6 if allowed_border >= 0 else -1)
+    return inside_flags(**given, allowed_border=allowed_border + 2**-6 if allowed_border >= 0 else -1)
 
 
 def background_is_last_class(num_classes: int, **given: Any) -> Any:
