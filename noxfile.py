@@ -55,7 +55,7 @@ def typecheck(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The whole suite."""
     _install(session, "-e", ".[test]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "loadscope", *session.posargs)
 
 
 @nox.session(name="docs-examples")
@@ -87,21 +87,47 @@ def deep(session: nox.Session) -> None:
     session.run("pytest", "--hypothesis-profile=deep", "--timeout=0", *session.posargs)
 
 
+def _bench_on_gpu(session: nox.Session, operation: str, *options: str, part: str = "") -> None:
+    """Tables of an operation over all sizes, under the GPU's name."""
+    name = session.run("python", "-c", "import torch; print(torch.cuda.get_device_name())", silent=True)
+    folder = ROOT / "reports" / "published" / str(name).strip().replace(" ", "-").lower()
+    sizes = [f"--batch={batch}" for batch in (1, 16, 64)] + [f"--gts={gts}" for gts in (5, 20, 100, 500)]
+    for dtype in ("float32", "bfloat16"):
+        out = str(folder / "-".join(filter(None, (operation, dtype, part))))
+        # Where an output was wrong the table says so; the other tables are wanted all the same.
+        bench = (
+            "detoracle",
+            "bench",
+            operation,
+            "--device",
+            "cuda",
+            "--dtype",
+            dtype,
+            *sizes,
+            "--out",
+            out,
+            "--resume",
+        )
+        session.run(*bench, *options, success_codes=[0, 1])
+
+
 @nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need a GPU, and tables of what every implementation costs on it, under its name."""
     _install(session, "-e", ".[test]")
     session.run("pytest", "tests/implementations", "-k", "triton", *session.posargs)
-    name = session.run("python", "-c", "import torch; print(torch.cuda.get_device_name())", silent=True)
-    folder = ROOT / "reports" / "published" / str(name).strip().replace(" ", "-").lower()
     for system, stage in itertools.product(("yolox", "ssd", "anchor_head", "rtmdet", "yolov8"), ("assign", "loss")):
-        operation = "ssd.match" if (system, stage) == ("ssd", "assign") else f"{system}.{stage}"
-        for dtype in ("float32", "bfloat16", "float16"):
-            out = str(folder / f"{operation}-{dtype}")
-            sizes = ("--batch", "1", "--batch", "16", "--batch", "64")
-            # Where an output was wrong the table says so; the other tables are wanted all the same.
-            bench = ("detoracle", "bench", operation, "--device", "cuda", "--dtype", dtype, *sizes, "--out", out)
-            session.run(*bench, success_codes=[0, 1])
+        _bench_on_gpu(session, "ssd.match" if (system, stage) == ("ssd", "assign") else f"{system}.{stage}")
+
+
+@nox.session(name="gpu-upstream")
+@nox.parametrize("package", list(GENUINE))
+def gpu_upstream(session: nox.Session, package: str) -> None:
+    """Tables of what the genuine packages cost on a GPU, next to every implementation."""
+    _install_genuine(session, package, GENUINE[package]["recorded"][-1])
+    for operation, adapter in GENUINE[package]["operations"].items():
+        if operation.partition(".")[2] in ("assign", "match", "loss"):
+            _bench_on_gpu(session, operation, "--rival", f"detoracle.adapters.{adapter}", part=package)
 
 
 def _install_genuine(session: nox.Session, package: str, release: str) -> None:
@@ -115,7 +141,9 @@ def _install_genuine(session: nox.Session, package: str, release: str) -> None:
     session.install("--no-deps", "--no-build-isolation", *wanted, env={"MMCV_WITH_OPS": "0"})
 
 
-def _check_genuine(session: nox.Session, package: str, release: str, out: Path, *, known: bool) -> list[str]:
+def _check_genuine(
+    session: nox.Session, package: str, release: str, out: Path, *options: str, known: bool = False
+) -> list[str]:
     """Check every operation that the release has; the names of those that are wrong."""
     entry = GENUINE[package]
     lacks = entry.get("lacks", {}).get(release, [])
@@ -130,11 +158,17 @@ def _check_genuine(session: nox.Session, package: str, release: str, out: Path, 
         if known and failures.is_file():
             command += ["--known-failures", str(failures)]
         settings = {"YOLO_CONFIG_DIR": session.create_tmp()}
-        answer = session.run(*command, *session.posargs, success_codes=[0, 1, 2], silent=True, env=settings)
+        answer = session.run(*command, *options, *session.posargs, success_codes=[0, 1, 2], silent=True, env=settings)
         session.log(str(answer).strip())
         if f"{operation} by {target}: right" not in str(answer):
             wrong.append(f"{package} {release}: {operation}")
     return wrong
+
+
+def _absent(folder: Path, why: str) -> None:
+    """Tell the drift atlas why it lacks a release."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "absent.txt").write_text(why + "\n", "utf-8")
 
 
 @nox.session
@@ -155,6 +189,8 @@ def upstream(session: nox.Session, package: str) -> None:
 def drift(session: nox.Session, package: str) -> None:
     """Releases of the genuine packages, one after the other: which changed what; renews the drift atlas."""
     found = Path(session.cache_dir) / "drift"
+    for release, why in GENUINE[package].get("absent", {}).items():
+        _absent(found / package / release, why)
     for release in GENUINE[package]["releases"]:
         out = found / package / release
         shutil.rmtree(out, ignore_errors=True)
@@ -162,9 +198,12 @@ def drift(session: nox.Session, package: str) -> None:
             _install_genuine(session, package, release)
         except CommandFailed:
             session.warn(f"{package} {release} could not be installed here")
+            _absent(out, "could not be installed where this atlas was made")
             continue
-        _check_genuine(session, package, release, out, known=False)
-        for scene in out.glob("*.assign-*.scene.json"):
+        _check_genuine(session, package, release, out, "--examples", "3")
+        for scene in itertools.chain(
+            *(out.glob(f"*.{stage}-*.scene.json") for stage in ("assign", "loss", "ssd_loss"))
+        ):
             picture = scene.with_name(scene.name.replace(".scene.json", ".svg"))
             session.run("detoracle", "replay", str(scene), "--svg", str(picture), success_codes=[0, 1], silent=True)
     session.run("python", "-m", "detoracle.reports.drift", str(found), "reports/published/drift")

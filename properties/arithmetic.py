@@ -160,7 +160,13 @@ def _under(mode: Callable[[], TorchDispatchMode]) -> Callable[..., Outcome]:
     return run
 
 
-_OF_RANGE = "logits far apart"  # SSD's log-sum-exp leaves the range of float32 by its published formula, not of float64
+_RANGE = 80.0  # the exponential of its negative is the last that float32 holds in full
+
+
+def _leaves_range(operation: Operation, arguments: Mapping[str, Any]) -> bool:
+    """Do logits underflow by SSD's published formula, which takes the whole batch's maximum off, but not in float64?"""
+    conf = arguments.get("conf")
+    return operation.name.startswith("ssd.") and conf is not None and bool((conf.amax() - conf.amax(-1) > _RANGE).any())
 
 
 ARITHMETICS: Mapping[str, Callable[[Operation, Callable[..., Any], Mapping[str, Any]], Outcome]] = {
@@ -227,7 +233,7 @@ def false_alarms(
         for case in cases(system, operation, scene):
             expectation = expect(system, operation, case.arguments)
             for name, call, arithmetic in runs:
-                if arithmetic == "double" and case.setting == _OF_RANGE:
+                if arithmetic == "double" and _leaves_range(operation, case.arguments):
                     continue
                 calls[name, arithmetic] += 1
                 verdict = expectation.judge(ARITHMETICS[arithmetic](operation, call, case.arguments))

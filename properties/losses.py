@@ -1,7 +1,8 @@
 """Losses are judged by the right assignments: the float64 one first, then the others that rounding leaves open.
 
 There may be too many of those to try. So the one that the implementation has taken is read off its gradients; only
-where that fails are others tried, up to a limit.
+where that fails are others tried, up to a limit. Where a loss samples at random, every row hangs on all outcomes and
+may show none: beyond that limit it is not judged rather than called wrong.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = ["LossJudge"]
 _MOST_ALTERNATIVES = 64  # right assignments that are tried ...
 _MOST_OF_LARGE = 12  # ... and for inputs with more numbers than this
 _LARGE = 1_000_000
+_MOST_OPEN = 6  # anchors of two outcomes each whose combinations are all tried
 
 
 class LossJudge:
@@ -88,6 +90,9 @@ class LossJudge:
             if not instead:
                 return Verdict("ambiguous", **facts)
             findings = instead if number == 0 else findings
+        if facts["ambiguous"] > _MOST_OPEN and self._arguments.get("sampler") == "random":
+            note = f"not judged: rounding leaves {facts['ambiguous']} anchors open, and what is sampled hangs on all"
+            return Verdict("undefined", note=note, **facts)
         return Verdict("different", findings, **facts)
 
     def _others(self, outcome: Outcome) -> Iterator[Tensor]:

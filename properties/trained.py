@@ -7,6 +7,7 @@ whose row comes nearest to its own. An L1 loss pulls towards different ground tr
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ _MOST_TRIED = 16  # ... and that are tried
 def trained_assignment(
     explanation: Explanation, given: Outcome, loss_given: Callable[[Tensor], Outcome]
 ) -> Iterator[Tensor]:
-    """Find right assignments that explain a loss's gradients, those that explain its value best first.
+    """Find right assignments that explain a loss's gradients: those that explain its value best, then the nearest.
 
     Parameters
     ----------
@@ -70,7 +71,7 @@ def trained_assignment(
     if trials.unexplained(given):
         found = _one_by_one(explanation, found, seen, loss_given)
         trials = _Trials.of(found, explanation.options(found), seen, loss_given)
-    for candidate in _by_value(found, trials.alike(given), given, loss_given):
+    for candidate in itertools.chain(_by_value(found, trials.alike(given), given, loss_given), [found]):
         if not explanation.wrong(candidate).any():
             yield candidate
 

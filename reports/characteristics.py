@@ -56,7 +56,7 @@ class Rate:
         return self.failed / self.trials
 
 
-def measure_gate(trials: int, *, threshold: float, rounds: int = 20, seed: int = 0) -> tuple[Rate, ...]:
+def measure_gate(trials: int, *, threshold: float, rounds: int = 30, seed: int = 0) -> tuple[Rate, ...]:
     """Measure false alarms and power on this machine.
 
     Parameters
@@ -66,7 +66,7 @@ def measure_gate(trials: int, *, threshold: float, rounds: int = 20, seed: int =
     threshold : float
         As the gate's.
     rounds : int
-        Timed calls of each run.
+        Timed calls of each run, as ``detoracle bench --rounds`` makes.
     seed : int
 
     Returns

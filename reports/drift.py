@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,16 @@ __all__ = ["Change", "Checked", "changes", "markdown", "read_absent", "read_chec
 _INTRODUCTION = """\
 # Drift atlas
 
-Which release of a genuine package does what its oracle does, and where it departs.
+Which release of a genuine package does what its oracle does, and where it departs. `nox -s drift` renews it: every row
+is `detoracle check OPERATION ADAPTER --examples 3`, where `upstream/releases.toml` names the adapter, in an environment
+with that release.
 
 A `[returns]` clause is an exception; `NotImplementedError` there is the adapter's own, where a release lacks
 a variant that the operation asks for, and says nothing about the release. Laws, other dtypes and other processes
 are tried only where the plain answer is right: what is told to begin there may have been hidden before.
 """
+
+_LARGEST = 2**16  # bytes of a scene or a picture; what is larger is not kept, but made again with the atlas
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Checked:
     counts : dict of str to int
         Verdicts by status.
     failures : tuple of dict
-        As in the check's JSON: clause, smallest scene, its file (below the folder of packages), findings, times.
+        As in the check's JSON: clause, smallest scene, its file (below the folder of packages, or empty if it is not
+        kept), findings, times.
     """
 
     package: str
@@ -109,7 +114,7 @@ def read_checks(folder: Path) -> tuple[Checked, ...]:
     '0.3.0'
     """
     found = []
-    for file in folder.glob("*/*/*.json"):
+    for file in folder.glob("*/*/*.*.json"):  # an operation's name has a dot; the check's own report lies beside it
         if file.name.endswith(".scene.json"):
             continue
         try:
@@ -170,14 +175,14 @@ def changes(checks: Sequence[Checked]) -> tuple[Change, ...]:
 
 
 def read_absent(folder: Path) -> dict[str, str]:
-    """Why some releases could not be had, by package and release.
+    r"""Why some releases could not be had, by package and release.
 
     Examples
     --------
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "yolox" / "0.1.0" / "absent.txt"
     >>> file.parent.mkdir(parents=True)
-    >>> _ = file.write_text("not in the registry\\n")
+    >>> _ = file.write_text("not in the registry\n")
     >>> read_absent(file.parents[2])
     {'yolox 0.1.0': 'not in the registry'}
     """
@@ -220,7 +225,7 @@ def markdown(checks: Sequence[Checked], pictures: Collection[str] = (), absent: 
             lines.append(f"| `{one.operation}` | {one.release} | {sum(one.counts.values())} | {departs} |")
         lines += ["", *(line for one in mine for failure in one.failures for line in _told(one, failure, pictures))]
     if absent:
-        lines += ["", "## Releases that could not be had", "", *(f"- {name}: {why}." for name, why in absent.items())]
+        lines += ["", "## What could not be had", "", *(f"- {name}: {why}." for name, why in absent.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -231,13 +236,28 @@ def _code(text: str) -> str:
 def _told(one: Checked, failure: dict[str, Any], pictures: Collection[str]) -> Iterator[str]:
     """A failure's smallest scene, and what was found there."""
     file = failure["file"]
-    links = [f"[scene]({file})"] + [f"[picture]({_picture(file)})"] * (file in pictures)
+    links = [f"[scene]({file})" if file else "scene too large to keep"]
+    links += [f"[picture]({_picture(file)})"] * (file in pictures)
     yield f"- {one.release}, `{failure['clause']}` on *{failure['scene']}* ({', '.join(links)}):"
     yield from (f"  - {finding}" for finding in failure["findings"])
 
 
 def _picture(scene: str) -> str:
     return scene.removesuffix(".scene.json") + ".svg"
+
+
+def _kept(folder: Path, checks: Sequence[Checked]) -> tuple[Checked, ...]:
+    """The checks, with files of small scenes only, and of equal ones once."""
+    first: dict[str, str] = {}
+
+    def file_of(name: str) -> str:
+        text = (folder / name).read_text("utf-8")
+        return first.setdefault(text, name) if len(text) <= _LARGEST else ""
+
+    return tuple(
+        replace(one, failures=tuple({**failure, "file": file_of(failure["file"])} for failure in one.failures))
+        for one in checks
+    )
 
 
 def write_atlas(folder: Path, out: Path) -> None:
@@ -250,14 +270,14 @@ def write_atlas(folder: Path, out: Path) -> None:
     out : Path
         Made if it is not there.
     """
-    checks = read_checks(folder)
-    scenes = [failure["file"] for one in checks for failure in one.failures]
-    pictures = {file for file in scenes if (folder / _picture(file)).is_file()}
+    checks, absent = _kept(folder, read_checks(folder)), read_absent(folder)
+    scenes = dict.fromkeys(failure["file"] for one in checks for failure in one.failures if failure["file"])
+    drawn = {file: folder / _picture(file) for file in scenes}
+    pictures = {file for file, path in drawn.items() if path.is_file() and path.stat().st_size <= _LARGEST}
     for stale in [*out.glob("*/*/*.scene.json"), *out.glob("*/*/*.svg")]:
         stale.unlink()
     for name in [*scenes, *map(_picture, pictures)]:
         write_atomically(out / name, (folder / name).read_text("utf-8"))
-    absent = read_absent(folder)
     body = {"checks": [asdict(one) for one in checks], "changes": [asdict(change) for change in changes(checks)]}
     write_atomically(out / "atlas.json", json.dumps({**body, "absent": absent}, indent=1, ensure_ascii=False) + "\n")
     write_atomically(out / "atlas.md", markdown(checks, pictures, absent))

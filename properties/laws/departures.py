@@ -114,6 +114,14 @@ def _large_epsilon(question: Question) -> bool:
     return bool(question.arguments.get("eps", 0) > _USUAL_EPSILON)
 
 
+def _epsilon_tells(question: Question) -> bool:
+    """Is the epsilon more than a rounding of some side? A side of zero is nothing else."""
+    eps, corners = question.arguments.get("eps", _USUAL_EPSILON), question.arguments.get("form", "xyxy") == "xyxy"
+    boxes = [question.arguments[name] for name in ("boxes_a", "boxes_b")]
+    sides = [one[..., 2:] - one[..., :2] if corners else one[..., 2:] for one in boxes]
+    return any(bool((side.abs() * torch.finfo(side.dtype).eps <= eps).any()) for side in sides)
+
+
 _USUAL_EPSILON = 1e-7  # vanishes beside the area of any box but a speck
 
 DEPARTURES: tuple[Departure, ...] = (
@@ -237,6 +245,6 @@ DEPARTURES: tuple[Departure, ...] = (
         ("boxes.iou_ultralytics",),
         "an epsilon that tells is in pixels, and is added to heights, not to widths",
         "single",
-        _large_epsilon,
+        _epsilon_tells,
     ),
 )

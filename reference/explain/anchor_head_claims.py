@@ -106,6 +106,20 @@ class ClaimingWorld(World):
         several = members.any(0) & for_certain
         return several if int(several.sum()) > 1 else torch.zeros_like(several)
 
+    def nearest(self, gt_index: Tensor, evidence: Tensor) -> Tensor:
+        """Claim anew, each ground truth the anchors that agree best with those given, where `evidence` (A,) counts."""
+        found = torch.where(self.by_threshold.wrong(gt_index), self.by_threshold.gt_index, gt_index)
+        for claim in self.claims:
+            own = gt_index == claim.gt
+            later = gt_index > claim.gt  # may overwrite this claim
+
+            def cost(pick: Tensor, own: Tensor = own, later: Tensor = later) -> tuple[float, int]:
+                apart = (pick & ~own & ~later) | (own & ~pick)
+                return float(evidence[apart].sum()), int(apart.sum())
+
+            found[min(self._ways(claim), key=cost)] = claim.gt
+        return found
+
     def outcomes(self) -> Iterator[Tensor]:
         """Right outcomes (A,) of the image, the float64 one first."""
         for picks in combinations_of([self.by_threshold.outcomes, *(partial(self._picks, c) for c in self.claims)]):

@@ -55,8 +55,8 @@ class MinedWorld(World):
         return {**self.negatives(self._matched(gt_index)).choices, **_outcomes(self.matching)}
 
     def nearest(self, gt_index: Tensor, evidence: Tensor) -> Tensor:
-        """Mine anew by the positives given, with those of the hard negatives given that may be."""
-        mined = self.negatives(self._matched(gt_index))
+        """Mine anew by the positives given, as they may be, with those of the hard negatives given that may be."""
+        mined = self.negatives(self.matching.nearest(self._matched(gt_index), evidence))
         free = torch.tensor(sorted(mined.choices), dtype=torch.int64, device=gt_index.device)
         return mined.nearest(mined.gt_index.index_copy(0, free, gt_index[free]), evidence)
 

@@ -66,10 +66,17 @@ def test_without_a_gradient_nothing_is_found() -> None:
     assert first(tie(2), torch.tensor([[0, 1]]), loss) is None
 
 
-@pytest.mark.parametrize("operation", ["ssd.loss", "anchor_head.ssd_loss"])
-def test_the_loss_of_a_crowd_is_judged(operation: str) -> None:
+@pytest.mark.parametrize(
+    ("operation", "scene", "setting"),
+    [
+        ("ssd.loss", "crowd-150", "threshold 0.5, 3:1"),
+        ("anchor_head.ssd_loss", "crowd-150", "3:1"),
+        ("anchor_head.ssd_loss", "crowd-520", "1:1"),  # ground truths overwrite each other's claims
+    ],
+)
+def test_the_loss_of_a_crowd_is_judged(operation: str, scene: str, setting: str) -> None:
     system, loss = find_operation(operation)
-    case = next(iter(cases(system, loss, SCENES["crowd-150"])))
+    [case] = [case for case in cases(system, loss, SCENES[scene]) if case.setting == setting]
     expectation = expect(system, loss, case.arguments)
     assert expectation.explanation is not None
     outcome = perform(loss, loss.oracle, case.arguments)
@@ -83,3 +90,12 @@ def test_the_loss_of_a_crowd_is_judged(operation: str) -> None:
     if expectation.explanation.wrong(found).any():
         missing = partial(system.loss_given[operation], found, dtype=None)
         assert expectation.judge(perform(loss, missing, in_float64(case.arguments))).wrong
+
+
+def test_what_cannot_be_told_is_not_called_wrong() -> None:
+    """RPN samples positives by their number in a row, so that every gradient hangs on 16 anchors that are open here."""
+    system, operation = find_operation("anchor_head.loss")
+    [case] = [case for case in cases(system, operation, SCENES["crowd-150"]) if case.setting == "rpn"]
+    expectation = expect(system, operation, case.arguments)
+    verdict = expectation.judge(perform(operation, operation.oracle, case.arguments))
+    assert (verdict.status, verdict.note.partition(":")[0]) == ("undefined", "not judged")

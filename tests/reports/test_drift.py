@@ -22,7 +22,7 @@ def _write(folder: Path, release: str, *failures: dict[str, Any]) -> None:
     body = {"operation": "a.assign", "counts": {"equal": 5, "different": 2}, "failures": failures}
     (target / "a.assign.json").write_text(json.dumps(body), "utf-8")
     for failure in failures:
-        (target / Path(failure["file"]).name).write_text("{}", "utf-8")
+        (target / Path(failure["file"]).name).write_text(json.dumps(failure), "utf-8")
     (target / "results.json").write_text("{}", "utf-8")  # the check's own report
 
 
@@ -53,6 +53,21 @@ def test_atlas_holds_the_scenes_and_pictures_that_it_names(tmp_path: Path) -> No
     assert "| `a.assign` | 1.0 | 7 | `a.assign[outcome]` (2), `a.assign[quality]` (2) |" in text
     assert "([scene](package/1.0/a-1.scene.json), [picture](package/1.0/a-1.svg)):" in text
     assert "([scene](package/1.0/a-2.scene.json)):" in text
+
+
+def test_equal_scenes_are_kept_once_and_large_ones_not(tmp_path: Path) -> None:
+    for release in ["1.0", "1.1"]:
+        _write(
+            tmp_path / "in", release, _failure("a.assign[outcome]"), _failure("a.assign[quality]", "b/a-2.scene.json")
+        )
+    for release in ["1.0", "1.1"]:
+        (tmp_path / "in" / "package" / release / "a-2.scene.json").write_text(" " * 2**16 + "{}", "utf-8")
+    write_atlas(tmp_path / "in", tmp_path / "out")
+    kept = [str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.scene.json")]
+    assert kept == ["package/1.0/a-1.scene.json"]
+    text = (tmp_path / "out" / "atlas.md").read_text("utf-8")
+    assert text.count("([scene](package/1.0/a-1.scene.json)):") == 2
+    assert text.count("(scene too large to keep):") == 2
 
 
 def test_atlas_names_releases_that_could_not_be_had(tmp_path: Path) -> None:
