@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +22,7 @@ from detoracle.properties.systems import System
 from detoracle.reference.contract import Operation, returns_of
 from detoracle.reports.agreement import Agreement, agreement
 from detoracle.reports.counters import Counters, count
+from detoracle.reports.device import Gpu, copied_into
 from detoracle.reports.record import Growth, Measurement, Row, measurement
 from detoracle.reports.timing import paired, timed
 from detoracle.reports.workloads import Workload, hash_of, rolled, workload_case
@@ -28,7 +30,7 @@ from detoracle.reports.workloads import Workload, hash_of, rolled, workload_case
 __all__ = ["Bench", "copy_speed", "growth", "measure"]
 
 _AXES = ("batch", "gts", "anchors", "classes")
-_COPIED = 1 << 26  # bytes, several times what caches hold
+_COPIED = {"cpu": 1 << 26, "cuda": 1 << 28}  # bytes, several times what caches hold
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Bench:
     forward: bool = False
     setting: str | None = None
 
-    def wait(self) -> Callable[[], object] | None:
-        """What waits until the device is done."""
-        return torch.cuda.synchronize if self.device == "cuda" else None
+    def gpu(self) -> Gpu | None:
+        """The GPU to measure on, if it is one."""
+        return Gpu() if self.device == "cuda" else None
 
 
 def measure(
@@ -102,11 +104,13 @@ def measure(
         dtype=bench.dtype,
     )
     trial = _Trial(operation, agreement(system, operation, case.arguments), bench.forward, workload.batch)
+    gpu = bench.gpu()
+    clock = gpu.timed if gpu else timed
     runs = {name: trial.run(call) for name, call in calls.items()}
     first: dict[str, float] = {}
     for name, run in runs.items():
         try:
-            first[name], result = timed(run, trial.fresh(case.arguments, 1), bench.wait())
+            first[name], result = clock(run, trial.fresh(case.arguments, 1))
             trial.inspect(name, 1, result)
         except Exception as error:  # a stranger's code may raise anything; the others go on
             trial.problems[name] = f"{type(error).__name__}: {error}"[:500]
@@ -120,11 +124,16 @@ def measure(
             baseline=baseline,
             rounds=bench.rounds,
             seed=bench.seed,
-            synchronize=bench.wait(),
+            clock=clock,
             prepare=lambda number: trial.fresh(case.arguments, number),
             inspect=trial.inspect,
         )
         floor = trial.bytes_to_move(case.arguments) / bytes_a_second
+        fresh = partial(trial.fresh, case.arguments)
+        of_gpu: dict[str, dict[str, Any]] = {name: {} for name in able}
+        if gpu:
+            rounds = {name: 0 if counters[name].host_syncs else bench.rounds for name in able}  # no graph can wait
+            of_gpu = {name: _on_gpu(gpu, trial, name, run, fresh, rounds[name]) for name, run in able.items()}
         measurements = tuple(
             replace(
                 measurement(operation.name, name, timing, counters[name], baseline=baseline),
@@ -136,6 +145,7 @@ def measure(
                 checked=bench.rounds + 2,
                 setting=case.setting,
                 inputs=hash_of(case.arguments),
+                **of_gpu[name],
             )
             for name, timing in timings.items()
             if name not in trial.problems or name == baseline
@@ -160,6 +170,29 @@ def measure(
 
 def _counted(run: Callable[[dict[str, Any]], object], given: dict[str, Any]) -> Counters:
     return count(lambda: run(given))[1]
+
+
+def _on_gpu(
+    gpu: Gpu,
+    trial: _Trial,
+    name: str,
+    run: Callable[[dict[str, Any]], tuple[dict[str, Any], Outcome]],
+    fresh: Callable[[int], dict[str, Any]],
+    rounds: int,
+) -> dict[str, Any]:
+    """What a GPU tells of an implementation: kernels, memory, and time of replays, if any, every output checked."""
+    found = {"launches": gpu.launches(run, fresh(0)), "device_peak_bytes": gpu.peak_bytes(run, fresh(0))}
+    captured = gpu.captured(run, fresh(0)) if rounds else None
+    if captured is None:
+        return found
+    seconds = []
+    for number in range(rounds):
+        copied_into(captured.argument, fresh(number))
+        took, (_, outcome) = gpu.timed(captured.replay, None)
+        seconds.append(took)
+        if problem := trial.right.problem(outcome, trial.shift(number)):
+            trial.problems.setdefault(name, f"replayed from a CUDA graph: {problem}")
+    return {**found, "replay_milliseconds": float(np.median(seconds)) * 1e3}
 
 
 @dataclass(eq=False)
@@ -247,11 +280,11 @@ def copy_speed(device: str = "cpu", rounds: int = 9) -> float:
     >>> copy_speed(rounds=1) > 1e6
     True
     """
-    source = torch.zeros(_COPIED, dtype=torch.uint8, device=device)
+    source = torch.zeros(_COPIED[device], dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    wait = torch.cuda.synchronize if device == "cuda" else None
-    seconds = [timed(target.copy_, source, wait)[0] for _ in range(rounds)]
-    return float(2 * _COPIED / np.median(seconds))
+    clock = Gpu().timed if device == "cuda" else timed
+    seconds = [clock(target.copy_, source)[0] for _ in range(rounds)]
+    return float(2 * source.nbytes / np.median(seconds))
 
 
 def growth(measurements: Sequence[Measurement]) -> tuple[Growth, ...]:

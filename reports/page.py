@@ -71,6 +71,7 @@ def render(report: Report) -> str:
             pictures=pictures,
             notes=tally.notes.most_common(_MOST_NOTES),
             benched=any(m.phase or m.first_call or m.floor_share for m in report.measurements),
+            on_gpu=any(m.launches for m in report.measurements),
             growth=growth,
             most_lines=_MOST_LINES,
         )

@@ -126,6 +126,12 @@ class Measurement:
         The operation's argument set.
     inputs : str
         Hash of the arguments: measurements of different ones are not compared.
+    launches : int
+        Kernels that the call launched on a GPU; 0 elsewhere, as are the next two.
+    device_peak_bytes : int
+        Most memory that the GPU's allocator held for the call.
+    replay_milliseconds : float
+        Median of the call replayed from a CUDA graph; 0 also where a graph cannot hold it.
     """
 
     operation: str
@@ -152,6 +158,9 @@ class Measurement:
     checked: int = 0
     setting: str = ""
     inputs: str = ""
+    launches: int = 0
+    device_peak_bytes: int = 0
+    replay_milliseconds: float = 0.0
 
 
 @dataclass(frozen=True)

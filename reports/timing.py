@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter_ns
 from typing import Any, TypeVar
 
@@ -66,6 +67,7 @@ def paired(
     warmup: int = 1,
     seed: int = 0,
     synchronize: Callable[[], object] | None = None,
+    clock: Callable[[Callable[[Any], object], Any], tuple[float, object]] | None = None,
     prepare: Callable[[int], Any] = lambda number: number,
     inspect: Callable[[str, int, Any], object] = lambda name, number, result: None,
 ) -> dict[str, Timing]:
@@ -86,6 +88,8 @@ def paired(
         Seed of the shuffling and of the bootstrap.
     synchronize : callable, optional
         Called before either reading of the clock: ``torch.cuda.synchronize`` for calls that run on a GPU.
+    clock : callable, optional
+        Calls a call with its argument, and gives seconds and result; instead of the host's clock.
     prepare : callable, optional
         Makes a call's argument from the number of the round, outside the time.
     inspect : callable, optional
@@ -117,12 +121,13 @@ def paired(
         got = f"{rounds} and {warmup}"
         raise InputError("rounds, warmup", expected="at least 1 and at least 0", got=got, where="paired")
     names = list(calls)
+    clock = clock or partial(timed, synchronize=synchronize)
     generator = np.random.default_rng(seed)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warmup + rounds):
         for turn in generator.permutation(len(names)):
             name = names[turn]
-            seconds, result = timed(calls[name], prepare(number), synchronize)
+            seconds, result = clock(calls[name], prepare(number))
             inspect(name, number, result)
             del result  # nothing of one call is alive in the next
             if number >= warmup:

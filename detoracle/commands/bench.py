@@ -122,10 +122,11 @@ def _chosen(operation: str, names: list[str], rival: str, device: str) -> list[I
 
 
 def _show(part: Part, console: Console) -> None:
-    columns = "workload", "implementation", "ms", "times faster", "95 %", "of floor", "operations", "syncs", "peak MB"
-    table = Table(*columns, box=None)
+    columns = ["workload", "implementation", "ms", "times faster", "95 %", "of floor", "operations", "syncs", "peak MB"]
+    on_gpu = any(m.launches for m in part.measurements)
+    table = Table(*columns, *(("replayed, ms", "launches", "GPU's peak MB") if on_gpu else ()), box=None)
     for m in part.measurements:
-        table.add_row(*_cells(m))
+        table.add_row(*_cells(m), *(_gpu_cells(m) if on_gpu else ()))
     console.print(table)
     for row in part.rows:
         if row.wrong:
@@ -144,3 +145,8 @@ def _cells(m: Measurement) -> tuple[str, ...]:
         str(m.host_syncs),
         f"{m.peak_live_bytes / 1e6:.1f}",
     )
+
+
+def _gpu_cells(m: Measurement) -> tuple[str, ...]:
+    replayed = f"{m.replay_milliseconds:.2f}" if m.replay_milliseconds else "not capturable"
+    return replayed, str(m.launches), f"{m.device_peak_bytes / 1e6:.1f}"

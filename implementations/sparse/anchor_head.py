@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from detoracle.implementations.batched import anchor_head as batched
 from detoracle.implementations.batched import anchor_head_terms as terms
-from detoracle.implementations.batched.anchor_head_boxes import decode, encode, inside_flags, valid_flags
+from detoracle.implementations.batched.anchor_head_boxes import Strides, decode, encode, inside_flags, valid_flags
 from detoracle.implementations.registry import implements
 from detoracle.implementations.sparse.anchor_head_overlaps import Overlaps, Pieces, Rules, boxes_of
 from detoracle.implementations.sparse.focal import focal_background_loss
@@ -98,7 +98,7 @@ def loss(
     ignore_boxes: Tensor | None = None,
     ignore_valid: Tensor | None = None,
     *,
-    strides: batched.Strides,
+    strides: Strides,
     allowed_border: float = -1.0,
     class_loss: str = "focal",
     background: Callable[..., Tensor] = focal_background_loss,

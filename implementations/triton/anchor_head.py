@@ -9,8 +9,9 @@ CUDA graph can hold it.
 
 What it trades: anchors may be any boxes, and a ground truth claims anchors however little they overlap, so that all
 pairs are computed, twice, in registers; the backward pass reads the maps again. Memory is 13 bytes an anchor of each
-image beside the gradients. Block sizes are fixed, not tuned. Maps are copied if they are not contiguous. Limits: fewer
-than 2**16 images, and fewer than 2**29 anchors, and 2**29 ground truths and regions in all, padding included.
+image beside the gradients. Block sizes are fixed, but for those of the gradients. Maps are copied if they are not
+contiguous. Limits: fewer than 2**16 images, and fewer than 2**29 anchors, and 2**29 ground truths and regions in all,
+padding included.
 
 What differs from the oracle: as in `batched`; float64 is refused. The gradient cannot be differentiated again. Heads
 with another class loss are left to `batched`, whose random sampler waits for the device.
@@ -28,12 +29,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from detoracle.implementations.batched import anchor_head as batched
+from detoracle.implementations.batched.anchor_head_boxes import Strides, inside_flags, valid_flags
 from detoracle.implementations.registry import implements
 from detoracle.implementations.triton import anchor_head_kernels as kernels
 from detoracle.implementations.triton import anchor_head_loss_kernels as loss_kernels
 from detoracle.implementations.triton.anchor_head_kernels import Batch, Rules
 from detoracle.implementations.triton.anchor_head_loss_kernels import Level, Settings, Targets
-from detoracle.implementations.triton.launching import check_runs, check_size
+from detoracle.implementations.triton.launching import AS_WRITTEN, check_runs, check_size, size_class, starts_of, tiles
 from detoracle.reference.assignment import BACKGROUND, IGNORED, Assignment
 
 __all__ = ["assign", "loss"]
@@ -43,7 +45,6 @@ _NO_KEY = 2**63 - 1
 _LOSSES = {"l1": loss_kernels.L1.value, "smooth_l1": loss_kernels.SMOOTH_L1.value, "giou": loss_kernels.GIOU.value}
 _RATIO_LIMIT = abs(math.log(16 / 1000))  # of a decoded side to the anchor's, as a logarithm
 _EPS = 2.0**-23  # beside an average factor
-_AS_WRITTEN = {"enable_fp_fusion": False}  # products and sums are rounded one by one, as PyTorch rounds them
 
 
 # ---------------------------------------------------------------------------------------------------------- assignment
@@ -103,7 +104,7 @@ def assign(
         )
         best = torch.full_like(gt_valid, _NO_KEY, dtype=torch.int64, memory_format=torch.contiguous_format)
         blocks = triton.cdiv(number, _ANCHORS), images
-        settings: dict[str, Any] = {"OF_ANCHORS": ignore_wrt_candidates, "ANCHORS": _ANCHORS, **_AS_WRITTEN}
+        settings: dict[str, Any] = {"OF_ANCHORS": ignore_wrt_candidates, "ANCHORS": _ANCHORS, **AS_WRITTEN}
         if match_low_quality:
             kernels.best_anchors[blocks](batch, rules, best, **settings)
         kernels.assign[blocks](
@@ -126,7 +127,7 @@ def loss(
     ignore_boxes: Tensor | None = None,
     ignore_valid: Tensor | None = None,
     *,
-    strides: batched.Strides,
+    strides: Strides,
     allowed_border: float = -1.0,
     class_loss: str = "focal",
     **settings: Any,
@@ -154,13 +155,13 @@ def loss(
     if class_loss != "focal":
         given = {"strides": strides, "allowed_border": allowed_border, "class_loss": class_loss, **settings}
         return batched.loss(cls_scores, bbox_preds, anchors, *truths, *shapes, *ignored, **given)
-    valid = batched.valid_flags(
+    valid = valid_flags(
         pad_shapes,
         sizes=[tuple(level.shape[2:]) for level in bbox_preds],
         strides=strides,
         base_anchors=[level.shape[1] // 4 for level in bbox_preds],
     )
-    inside = batched.inside_flags(anchors, valid, image_shapes, allowed_border=allowed_border)
+    inside = inside_flags(anchors, valid, image_shapes, allowed_border=allowed_border)
     rules = {name: value for name, value in settings.items() if name in batched._ASSIGNER}
     gt_index = assign(anchors, gt_boxes, gt_valid, inside, *ignored, **rules).gt_index
     others = {name: value for name, value in settings.items() if name not in batched._ASSIGNER}
@@ -233,7 +234,7 @@ class _Loss(torch.autograd.Function):
             if len(parts):
                 loss_kernels.sums[blocks](
                     level, given.targets(classes), given.settings, parts,
-                    CELLS=_CELLS, CLASSES=_CLASSES, **given.choices, **_AS_WRITTEN,
+                    CELLS=_CELLS, CLASSES=_CLASSES, **given.choices, **AS_WRITTEN,
                 )  # fmt: skip
             sums.append(parts.sum(0))
         return torch.stack(sums)
@@ -246,10 +247,11 @@ class _Loss(torch.autograd.Function):
         given, number, to_sums = ctx.given, ctx.number, to_sums.float().contiguous()
         gradients = [torch.empty_like(level, memory_format=torch.contiguous_format) for level in maps]
         for index, (level, classes, blocks) in enumerate(_levels(maps[:number], maps[number:])):
+            found = gradients[index], gradients[number + index]
             if math.prod(blocks):
-                loss_kernels.gradients[blocks](
-                    level, given.targets(classes), given.settings, to_sums[index], gradients[index],
-                    gradients[number + index], CELLS=_CELLS, CLASSES=_CLASSES, **given.choices, **_AS_WRITTEN,
+                loss_kernels.gradients[tiles(level.cells, *blocks[1:])](
+                    level, given.targets(classes), given.settings, to_sums[index], *found, size_class(*found),
+                    **given.choices, **AS_WRITTEN,
                 )  # fmt: skip
         return None, None, *gradients
 
@@ -258,10 +260,10 @@ def _levels(
     cls_scores: Sequence[Tensor], bbox_preds: Sequence[Tensor]
 ) -> list[tuple[Level, int, tuple[int, int, int]]]:
     """Levels, their classes, and the programs that each takes."""
-    levels, start = [], 0
-    for scores, deltas in zip(cls_scores, bbox_preds, strict=True):
+    levels = []
+    starts = starts_of(math.prod(level.shape[1:]) // 4 for level in bbox_preds)
+    for scores, deltas, start in zip(cls_scores, bbox_preds, starts[:-1], strict=True):
         per_cell, cells = deltas.shape[1] // 4, deltas.shape[2] * deltas.shape[3]
         level = Level(scores.detach().contiguous(), deltas.detach().contiguous(), cells, start)
         levels.append((level, scores.shape[1] // per_cell, (triton.cdiv(cells, _CELLS), per_cell, len(deltas))))
-        start += cells * per_cell
     return levels

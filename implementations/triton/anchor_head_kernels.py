@@ -13,15 +13,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from detoracle.implementations.triton.arithmetic import (
-    area,
-    cheaper,
-    key_value,
-    keys_of,
-    larger,
-    overlap_mmdet,
-    shared_area,
-)
+from detoracle.implementations.triton.arithmetic import key_value, keys_of, larger
+from detoracle.implementations.triton.boxes import area, overlap_mmdet, shared_area
+from detoracle.implementations.triton.matching import cheaper
 
 __all__ = ["Batch", "Rules", "assign", "best_anchors"]
 

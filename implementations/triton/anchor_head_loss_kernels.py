@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from detoracle.implementations.triton.arithmetic import at_least, larger, log1p, power, smaller
-from detoracle.implementations.triton.rtmdet_loss_kernels import _giou
-from detoracle.implementations.triton.yolox_loss_kernels import _sign
+from detoracle.implementations.triton.arithmetic import at_least, larger, log1p, power, sign, smaller
+from detoracle.implementations.triton.boxes import giou_slopes
+from detoracle.implementations.triton.launching import tuned
 
 __all__ = ["GIOU", "L1", "SMOOTH_L1", "Level", "Settings", "Targets", "gradients", "sums"]
 
@@ -184,7 +184,7 @@ def _decoded(anchor, delta, settings):
 def _distance(predicted, target, beta, LOSS: tl.constexpr):  # noqa: N803
     """L1 loss of a coordinate, or the smooth one, and its derivative."""
     away = predicted - target
-    loss, slope = tl.abs(away), _sign(away)
+    loss, slope = tl.abs(away), sign(away)
     if LOSS == SMOOTH_L1:
         near = loss < beta
         loss = tl.where(near, 0.5 * loss * loss / beta, loss - 0.5 * beta)
@@ -196,7 +196,7 @@ def _distance(predicted, target, beta, LOSS: tl.constexpr):  # noqa: N803
 def _box_losses(predicted, target, settings, LOSS: tl.constexpr):  # noqa: N803
     """Losses of boxes or deltas, and their derivatives by the four numbers predicted."""
     if LOSS == GIOU:
-        giou, slopes = _giou(predicted, target, settings.eps)
+        giou, slopes = giou_slopes(predicted, target, settings.eps)
         return 1.0 - giou, (-slopes[0], -slopes[1], -slopes[2], -slopes[3])
     else:
         a, by_a = _distance(predicted[0], target[0], settings.beta, LOSS)
@@ -269,6 +269,7 @@ def sums(
     tl.store(out + 1, tl.sum(tl.where(there, box, 0.0), 0))
 
 
+@tuned("size", "LOSS", "DECODED", "SQUARE")
 @triton.jit
 def gradients(
     level,
@@ -277,13 +278,17 @@ def gradients(
     scales,
     to_scores,
     to_deltas,
+    size,
     LOSS: tl.constexpr,  # noqa: N803
     DECODED: tl.constexpr,  # noqa: N803
     SQUARE: tl.constexpr,  # noqa: N803
     CELLS: tl.constexpr,  # noqa: N803
     CLASSES: tl.constexpr,  # noqa: N803
 ):
-    """Write the gradients of a level's maps, from those of its two sums."""
+    """Write the gradients of a level's maps, from those of its two sums.
+
+    No number depends on another's place: the tile may be any, and is chosen by the size class.
+    """
     image = tl.program_id(2)
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     there = cell < level.cells

@@ -9,21 +9,20 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "apart",
-    "area",
+    "at_least",
+    "atan",
     "bce_with_logits",
     "before",
     "binary_entropy",
-    "cheaper",
     "key_value",
     "keys_of",
     "larger",
     "log1p",
-    "overlap_mmdet",
+    "nothing",
     "power",
     "power_of_ten",
-    "shared_area",
     "sigmoid",
+    "sign",
     "smaller",
     "smallest",
 ]
@@ -53,6 +52,24 @@ def sigmoid(x):
 def at_least(x, least):
     """The larger of both; NaN stays NaN."""
     return tl.where(x < least, least, x)
+
+
+@triton.jit
+def smaller(a, b):
+    """The smaller of both; NaN if either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of both; NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sign(x):
+    """1, 0 or -1."""
+    return (x > 0.0).to(tl.float32) - (x < 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -107,30 +124,7 @@ def before(best, most):
     return (rank < most) & ((best >> 32) != _EMPTY)
 
 
-# ------------------------------------------------------------------------------------------------- sums and conflicts
-@triton.jit
-def apart(costs, channel, others, largest, largest_class):
-    """Sums of costs (anchors, channels), the largest kept apart: what takes one off again would cancel with it.
-
-    Takes and gives the sum of all others, the largest, and its channel; a sum is NaN if any cost is.
-    """
-    top = tl.max(costs, 1)
-    place = tl.min(tl.where(costs == top[:, None], channel[None, :], 0x7FFFFFFF), 1)
-    rest = tl.sum(tl.where(channel[None, :] == place[:, None], 0.0, costs), 1)
-    undefined = tl.max((costs != costs).to(tl.int32), 1) > 0
-    others += tl.where(undefined, float("nan"), rest + tl.minimum(top, largest))
-    return others, tl.maximum(top, largest), tl.where(top > largest, place, largest_class)
-
-
-@triton.jit
-def cheaper(contested, winner, lowest, ground_truth, cost):
-    """Winner and lowest cost so far, after one more ground truth; of equal ones the first wins, and of all a NaN."""
-    undefined = (cost != cost) & (lowest == lowest)
-    better = contested & ((winner < 0) | (cost < lowest) | undefined)
-    return tl.where(better, ground_truth, winner), tl.where(better, cost, lowest)
-
-
-# -------------------------------------------------------------------------------------------------------------- powers
+# --------------------------------------------------------------------------------------------------- powers and angles
 @triton.jit
 def _times_two_to(x, exponent):
     """Product with 2 ** exponent, an integer as float, in two steps: the power alone may be out of range."""
@@ -162,34 +156,15 @@ def power(x, exponent):
     return tl.where(x >= 0.0, found, float("nan"))
 
 
-# --------------------------------------------------------------------------------------------------------------- boxes
 @triton.jit
-def smaller(a, b):
-    """The smaller of both; NaN if either is."""
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def larger(a, b):
-    """The larger of both; NaN if either is."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def shared_area(a, b):
-    """Area that boxes (left, top, right, bottom) share."""
-    across = larger(smaller(a[2], b[2]) - larger(a[0], b[0]), 0.0)
-    return across * larger(smaller(a[3], b[3]) - larger(a[1], b[1]), 0.0)
-
-
-@triton.jit
-def area(box):
-    """Area of a box (left, top, right, bottom), of the sign that its sides give."""
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
-@triton.jit
-def overlap_mmdet(a, b, least):
-    """IoU of boxes (left, top, right, bottom), of a union no smaller than the least."""
-    shared = shared_area(a, b)
-    return tl.div_rn(shared, larger(area(a) + area(b) - shared, least))
+def atan(x):
+    """Arc tangent to a few units in the last place, from a polynomial up to pi / 8."""
+    size = tl.abs(x)
+    steep, middling = size > 2.414213562, size > 0.4142135624
+    part = tl.where(middling, (size - 1.0) / (size + 1.0), size)
+    part = tl.where(steep, -1.0 / tl.where(steep, size, 1.0), part)
+    square = part * part
+    series = (((-0.0608342 * square + 0.10595989) * square - 0.14243847) * square + 0.19998489) * square - 0.33333316
+    start = tl.where(steep, 1.5707963267948966, tl.where(middling, 0.7853981633974483, 0.0))
+    found = start + (part + part * (square * series))
+    return tl.where(x < 0.0, -found, found)

@@ -8,9 +8,9 @@ to the last bit. It reads nothing back and no shape depends on the data, so that
 
 What it trades: dynamic k depends on the best IoUs among the candidates of *all* ground truths of an image, so that each
 ground truth walks them all, not only those near it; classes are read only where a claim is within reach. Memory is some
-tens of bytes a prior, whatever the ground truths. Block sizes are fixed, not tuned. Maps are copied if they are not
-contiguous. Limits: fewer than 2**16 images, fewer than 2**29 ground truths in all, padding included, and a top-k of no
-more than 128.
+tens of bytes a prior, whatever the ground truths. Block sizes are fixed, but for those of the gradients. Maps are
+copied if they are not contiguous. Limits: fewer than 2**16 images, fewer than 2**29 ground truths in all, padding
+included, and a top-k of no more than 128.
 
 Ties are broken as in the oracle. What differs from it: as in `batched`; float64 is refused. The gradient cannot be
 differentiated again.
@@ -28,24 +28,30 @@ from torch.autograd.function import once_differentiable
 
 from detoracle.implementations.batched import rtmdet as batched
 from detoracle.implementations.batched import rtmdet_loss as terms
-from detoracle.implementations.batched.anchor_head import inside_flags, valid_flags
+from detoracle.implementations.batched.anchor_head_boxes import inside_flags, valid_flags
 from detoracle.implementations.registry import implements
 from detoracle.implementations.triton import rtmdet_kernels as kernels
 from detoracle.implementations.triton import rtmdet_loss_kernels as loss_kernels
-from detoracle.implementations.triton.launching import check_runs, check_size
-from detoracle.implementations.triton.rtmdet_kernels import Batch, Terms
+from detoracle.implementations.triton.launching import (
+    AS_WRITTEN,
+    check_runs,
+    check_size,
+    lanes_for,
+    listed,
+    size_class,
+    starts_of,
+    tiles,
+)
+from detoracle.implementations.triton.matching import Terms
+from detoracle.implementations.triton.rtmdet_kernels import Batch
 from detoracle.implementations.triton.rtmdet_loss_kernels import Level, Settings, Targets
-from detoracle.implementations.triton.yolox import _listed
 from detoracle.reference.assignment import BACKGROUND, IGNORED, Assignment
-from detoracle.reference.errors import InputError
 
 __all__ = ["assign", "loss", "match"]
 
 _UNMATCHED_OVERLAP = -1e8
 _AVERAGE_EPS = 2.0**-23
 _ANCHORS, _CLASSES = 128, 16  # of one program at a time
-_MOST_CLAIMS = 128
-_AS_WRITTEN = {"enable_fp_fusion": False}  # products and sums are rounded one by one, as PyTorch rounds them
 
 
 @implements("rtmdet.assign", name="triton")
@@ -136,16 +142,13 @@ def match(
     """
     (images, _, anchors), ground_truths = boxes.shape, gt_valid.shape[1]
     check_size(gt_boxes, "gt_boxes", images=images, rows=images * ground_truths, where="rtmdet.assign")
-    if not 0 <= topk <= _MOST_CLAIMS:
-        raise InputError("topk", expected=f"0 to {_MOST_CLAIMS}", got=str(topk), where="rtmdet.assign")
+    lanes = lanes_for(topk, where="rtmdet.assign")
     gt_index = torch.where(inside, BACKGROUND, IGNORED)
     quality = boxes.new_zeros(images, anchors, dtype=torch.float32)
     dynamic_k = torch.zeros_like(gt_valid, dtype=torch.int64)
     if not (images and ground_truths and anchors):
         return Assignment(gt_index, quality, {"dynamic_k": dynamic_k, "max_overlaps": torch.zeros_like(quality)})
-    num_classes, starts = class_logits[0].shape[1], [0]
-    for level in class_logits:
-        starts.append(starts[-1] + level.shape[2])
+    num_classes = class_logits[0].shape[1]
     batch = Batch(
         priors=priors.float().contiguous(),
         inside=inside.contiguous(),
@@ -153,7 +156,7 @@ def match(
         box_strides=boxes.stride(),
         maps=tuple(class_logits),
         map_strides=tuple(level.stride() for level in class_logits),
-        starts=tuple(starts),
+        starts=starts_of(level.shape[2] for level in class_logits),
         gt_boxes=gt_boxes.float().contiguous(),
         gt_labels=gt_labels.contiguous(),
         counted=batched._with_class(gt_labels, gt_valid, num_classes).contiguous(),
@@ -165,16 +168,15 @@ def match(
         iou_weight=float(iou_weight),
     )
     sums = Terms(torch.empty_like(quality), torch.empty_like(quality), torch.empty_like(gt_index, dtype=torch.int32))
-    settings: dict[str, Any] = {"LEVELS": len(class_logits), "ANCHORS": _ANCHORS, **_AS_WRITTEN}
+    settings: dict[str, Any] = {"LEVELS": len(class_logits), "ANCHORS": _ANCHORS, **AS_WRITTEN}
     blocks = (triton.cdiv(anchors, _ANCHORS), images)
 
     candidate = torch.empty_like(inside)
     kernels.candidates[blocks](batch, sums, candidate, CLASSES=_CLASSES, **settings)
-    listed, numbers = _listed(candidate)
+    places, numbers = listed(candidate)
     claimed = torch.zeros_like(gt_index)
-    lanes = triton.next_power_of_2(max(topk, 1))
     kernels.claim[images * ground_truths,](
-        batch, sums, listed, numbers, claimed, dynamic_k, topk, LANES=lanes, **settings
+        batch, sums, places, numbers, claimed, dynamic_k, topk, LANES=lanes, **settings
     )
     kernels.resolve[blocks](batch, sums, claimed, gt_index, quality, **settings)
     unmatched = torch.where(numbers[:, None] > 0, _UNMATCHED_OVERLAP, 0.0).to(quality)
@@ -279,7 +281,10 @@ class _Loss(torch.autograd.Function):
         for level in _levels(maps):
             blocks = (triton.cdiv(level.cells, _ANCHORS), len(gt_boxes))
             parts = priors.new_zeros(blocks[0] * blocks[1], 5)
-            loss_kernels.sums[blocks](level, _targets(level, *targets), settings, parts, **_choices(settings))
+            loss_kernels.sums[blocks](
+                level, _targets(level, *targets), settings, parts,
+                SQUARE=settings.beta == 2.0, CELLS=_ANCHORS, CLASSES=_CLASSES, **AS_WRITTEN,
+            )  # fmt: skip
             sums.append(parts.sum(0))
         return torch.stack(sums)
 
@@ -291,26 +296,23 @@ class _Loss(torch.autograd.Function):
         gradients: list[tuple[Tensor, Tensor]] = []
         for level, scales in zip(_levels(maps), to_sums.float().contiguous(), strict=True):
             found = torch.empty_like(level.class_logits), torch.empty_like(level.distances)
-            loss_kernels.gradients[triton.cdiv(level.cells, _ANCHORS), len(level.distances)](
-                level, _targets(level, *targets), ctx.settings, scales, *found, **_choices(ctx.settings)
-            )
+            loss_kernels.gradients[tiles(level.cells, len(level.distances))](
+                level, _targets(level, *targets), ctx.settings, scales, *found, size_class(*found),
+                SQUARE=ctx.settings.beta == 2.0, **AS_WRITTEN,
+            )  # fmt: skip
             gradients.append(found)
         to_logits, to_distances = zip(*gradients, strict=True)
         return None, None, None, None, None, *to_logits, *to_distances
 
 
-def _choices(settings: Settings) -> dict[str, Any]:
-    return {"SQUARE": settings.beta == 2.0, "CELLS": _ANCHORS, "CLASSES": _CLASSES, **_AS_WRITTEN}
-
-
 def _levels(maps: Sequence[Tensor]) -> list[Level]:
     """Levels of as many maps of class logits and then as many of distances."""
-    levels, start = [], 0
-    for logits, distances in zip(maps[: len(maps) // 2], maps[len(maps) // 2 :], strict=True):
-        cells = logits.shape[2] * logits.shape[3]
-        levels.append(Level(logits.detach().contiguous(), distances.detach().contiguous(), cells, start))
-        start += cells
-    return levels
+    pairs = list(zip(maps[: len(maps) // 2], maps[len(maps) // 2 :], strict=True))
+    cells = [logits.shape[2] * logits.shape[3] for logits, _ in pairs]
+    return [
+        Level(logits.detach().contiguous(), distances.detach().contiguous(), number, start)
+        for (logits, distances), number, start in zip(pairs, cells, starts_of(cells)[:-1], strict=True)
+    ]
 
 
 def _targets(

@@ -19,23 +19,29 @@ import triton
 import triton.language as tl
 
 from detoracle.implementations.triton.arithmetic import (
-    apart,
     bce_with_logits,
     before,
-    cheaper,
     key_value,
     keys_of,
     nothing,
-    overlap_mmdet,
     power_of_ten,
     smallest,
 )
-from detoracle.implementations.triton.yolox_kernels import Terms, _ground_truth, _logits
+from detoracle.implementations.triton.boxes import overlap_mmdet
+from detoracle.implementations.triton.matching import (
+    apart,
+    cheaper,
+    claimants,
+    dynamic_claims,
+    ground_truth,
+    keep,
+    lay_claims,
+    logits,
+    without,
+)
 
-__all__ = ["Batch", "Terms", "candidates", "claim", "resolve"]
+__all__ = ["Batch", "candidates", "claim", "resolve"]
 
-_CLAIM = tl.constexpr(1 << 32)
-_NUMBER = tl.constexpr(0xFFFFFFFF)
 _IGNORED = tl.constexpr(-2)
 
 
@@ -111,12 +117,9 @@ def _position_costs(batch, row, anchor, there, iou):
 def _all_class_costs(batch, terms, image, row, anchor, there, iou, LEVELS: tl.constexpr):  # noqa: N803
     """Class costs of a ground truth with candidates, summed over all classes."""
     label = tl.load(batch.gt_labels + row).to(tl.int32)
-    logit = _logits(batch, image, anchor, label, there, LEVELS)
+    logit = logits(batch, image, anchor, label, there, LEVELS)
     at = image.to(tl.int64) * batch.num_anchors + anchor
-    others, largest = tl.load(terms.others + at, there, 0.0), tl.load(terms.largest + at, there, 0.0)
-    own_is_largest = tl.load(terms.largest_class + at, there, 0) == label
-    rest = tl.where(own_is_largest, others, largest + (others - _class_cost(logit, 0.0)))
-    return rest + _class_cost(logit, iou)
+    return without(terms, at, there, label, _class_cost(logit, 0.0)) + _class_cost(logit, iou)
 
 
 @triton.jit
@@ -137,7 +140,7 @@ def candidates(
     for gt in range(batch.num_gts):
         row = image * batch.num_gts + gt
         if tl.load(batch.counted + row) != 0:
-            left, top, right, bottom = _ground_truth(batch, row)
+            left, top, right, bottom = ground_truth(batch, row)
             near = near | ((x > left) & (y > top) & (x < right) & (y < bottom))
     at = image.to(tl.int64) * batch.num_anchors + anchor
     near = near & there & (tl.load(batch.inside + at, mask=there, other=0) != 0)
@@ -148,12 +151,10 @@ def candidates(
         for first in range(0, batch.num_classes, CLASSES):
             channel = first + tl.arange(0, CLASSES)
             read = near[:, None] & (channel < batch.num_classes)[None, :]
-            logit = _logits(batch, image, anchor[:, None], channel[None, :], read, LEVELS)
+            logit = logits(batch, image, anchor[:, None], channel[None, :], read, LEVELS)
             costs = tl.where(read, _class_cost(logit, 0.0), 0.0)
             others, largest, largest_class = apart(costs, channel, others, largest, largest_class)
-        tl.store(terms.others + at, others, mask=near)
-        tl.store(terms.largest + at, largest, mask=near)
-        tl.store(terms.largest_class + at, largest_class, mask=near)
+        keep(terms, at, near, others, largest, largest_class)
 
 
 @triton.jit
@@ -177,7 +178,7 @@ def claim(
     if (tl.load(batch.counted + row) != 0) & (number > 0):
         overlaps, cheapest = nothing(LANES), nothing(LANES)
         undefined = 0
-        gt = _ground_truth(batch, row)
+        gt = ground_truth(batch, row)
         for first in range(0, number, ANCHORS):
             place = first + tl.arange(0, ANCHORS)
             there = place < number
@@ -190,14 +191,10 @@ def claim(
             if least < tl.max(cheapest, 0):
                 classes = _all_class_costs(batch, terms, image, row, anchor, there, iou, LEVELS)
                 cheapest = smallest(cheapest, keys_of(classes + iou_cost + distance_cost, anchor, there))
-        negative, _ = key_value(overlaps)
-        total = tl.sum(tl.where(before(overlaps, most), -negative, 0.0), 0)
-        claims = tl.maximum(tl.minimum(total, most), 1.0).to(tl.int32)
-        claims = tl.where((undefined != 0) & (most > 0), 1, claims)
+        claims = dynamic_claims(overlaps, undefined, most)
         tl.store(dynamic_k + row, claims.to(tl.int64))
         _, anchor = key_value(cheapest)
-        one = tl.full([LANES], _CLAIM, tl.int64) + (row - image * batch.num_gts)
-        tl.atomic_add(claimed + start + anchor, one, mask=before(cheapest, claims))
+        lay_claims(claimed, batch, image, row, anchor, before(cheapest, claims))
 
 
 @triton.jit
@@ -215,22 +212,20 @@ def resolve(
     anchor = tl.program_id(0) * ANCHORS + tl.arange(0, ANCHORS)
     there = anchor < batch.num_anchors
     at = image.to(tl.int64) * batch.num_anchors + anchor
-    counter = tl.load(claimed + at, mask=there, other=0)
-    claimants = (counter >> 32).to(tl.int32)
-    winner = tl.where(claimants == 1, (counter & _NUMBER).to(tl.int32), -1)
-    if tl.max(claimants, 0) > 1:
-        contested = claimants > 1
+    number, winner = claimants(claimed, at, there)
+    if tl.max(number, 0) > 1:
+        contested = number > 1
         lowest = tl.zeros([ANCHORS], tl.float32)
-        for ground_truth in range(batch.num_gts):
-            row = image * batch.num_gts + ground_truth
+        for gt in range(batch.num_gts):
+            row = image * batch.num_gts + gt
             if tl.load(batch.counted + row) != 0:
-                iou = _overlaps(batch, image, anchor, contested, _ground_truth(batch, row))
+                iou = _overlaps(batch, image, anchor, contested, ground_truth(batch, row))
                 iou_cost, distance_cost = _position_costs(batch, row, anchor, contested, iou)
                 classes = _all_class_costs(batch, terms, image, row, anchor, contested, iou, LEVELS)
                 cost = classes + iou_cost + distance_cost
-                winner, lowest = cheaper(contested, winner, lowest, ground_truth, cost)
+                winner, lowest = cheaper(contested, winner, lowest, gt, cost)
     assigned = winner >= 0
-    gt = _ground_truth(batch, image * batch.num_gts + tl.maximum(winner, 0))
+    gt = ground_truth(batch, image * batch.num_gts + tl.maximum(winner, 0))
     iou = _overlaps(batch, image, anchor, assigned, gt)
     takes_part = tl.load(batch.inside + at, mask=there, other=0) != 0
     tl.store(gt_index + at, tl.where(takes_part, winner, _IGNORED).to(tl.int64), mask=there)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from detoracle.implementations.triton.arithmetic import area, bce_with_logits, larger, power, sigmoid, smaller
-from detoracle.implementations.triton.yolox_loss_kernels import _side, _sign
+from detoracle.implementations.triton.arithmetic import bce_with_logits, power, sigmoid, sign
+from detoracle.implementations.triton.boxes import giou_slopes
+from detoracle.implementations.triton.launching import tuned
 
 __all__ = ["Level", "Settings", "Targets", "gradients", "sums"]
 
@@ -93,7 +94,7 @@ def _focal(logit, target, beta, SQUARE: tl.constexpr):  # noqa: N803
     if SQUARE:
         factor, slope = away * away, 2.0 * away
     else:
-        factor, slope = power(tl.abs(away), beta), beta * power(tl.abs(away), beta - 1.0) * _sign(away)
+        factor, slope = power(tl.abs(away), beta), beta * power(tl.abs(away), beta - 1.0) * sign(away)
     return entropy * factor, away * factor + entropy * slope * (probability * (1.0 - probability))
 
 
@@ -122,41 +123,6 @@ def _class_terms(
 
 
 @triton.jit
-def _at_least(x, least):
-    """The larger of both, and its derivative by the first, of which a tie leaves half."""
-    return larger(x, least), tl.where(x == least, 0.5, (x > least).to(tl.float32))
-
-
-@triton.jit
-def _giou(a, b, eps):
-    """GIoU of boxes (left, top, right, bottom) with ground truths, and its derivatives by the sides of the first."""
-    across, by_left, by_right = _side(a[0], a[2], b[0], b[2])
-    down, by_top, by_bottom = _side(a[1], a[3], b[1], b[3])
-    grows_across, grows_down = (across >= 0.0).to(tl.float32), (down >= 0.0).to(tl.float32)
-    across, down = larger(across, 0.0), larger(down, 0.0)
-    shared = across * down
-    union, of_union = _at_least(area(a) + area(b) - shared, eps)
-    width, height = larger(a[2], b[2]) - smaller(a[0], b[0]), larger(a[3], b[3]) - smaller(a[1], b[1])
-    wide, high = (width >= 0.0).to(tl.float32), (height >= 0.0).to(tl.float32)
-    width, height = larger(width, 0.0), larger(height, 0.0)
-    enclosure, of_enclosure = _at_least(width * height, eps)
-    iou, filled = tl.div_rn(shared, union), tl.div_rn(union, enclosure)
-    giou = iou - tl.div_rn(enclosure - union, enclosure)
-
-    by_union = (tl.div_rn(1.0, enclosure) - tl.div_rn(iou, union)) * of_union
-    by_shared = tl.div_rn(1.0, union) - by_union
-    by_enclosure = -tl.div_rn(filled, enclosure) * of_enclosure
-    by_across, by_down = by_shared * down * grows_across, by_shared * across * grows_down
-    by_width, by_height = by_enclosure * height * wide, by_enclosure * width * high
-    # An end that does not bound what both share bounds what encloses both: the two derivatives add up to +-1.
-    to_left = by_across * by_left - by_union * (a[3] - a[1]) + by_width * (-1.0 - by_left)
-    to_right = by_across * by_right + by_union * (a[3] - a[1]) + by_width * (1.0 - by_right)
-    to_top = by_down * by_top - by_union * (a[2] - a[0]) + by_height * (-1.0 - by_top)
-    to_bottom = by_down * by_bottom + by_union * (a[2] - a[0]) + by_height * (1.0 - by_bottom)
-    return giou, (to_left, to_top, to_right, to_bottom)
-
-
-@triton.jit
 def _box_terms(level, targets, settings, image, cell, positive, ground_truth):
     """Sides of positives' boxes, their GIoU loss, and its derivatives by the sides."""
     at = level.distances + image.to(tl.int64) * 4 * level.cells + cell
@@ -169,7 +135,7 @@ def _box_terms(level, targets, settings, image, cell, positive, ground_truth):
     gt_left, gt_top = tl.load(gt, positive, 0.0), tl.load(gt + 1, positive, 0.0)
     gt_right, gt_bottom = tl.load(gt + 2, positive, 1.0), tl.load(gt + 3, positive, 1.0)
     box = (x - left, y - top, x + right, y + bottom)
-    giou, slopes = _giou(box, (gt_left, gt_top, gt_right, gt_bottom), settings.giou_eps)
+    giou, slopes = giou_slopes(box, (gt_left, gt_top, gt_right, gt_bottom), settings.giou_eps)
     return box, 1.0 - giou, slopes
 
 
@@ -208,6 +174,7 @@ def sums(
         tl.store(out + 4, tl.sum((positive & (quality > 0.0)).to(tl.float32), 0))
 
 
+@tuned("size", "SQUARE")
 @triton.jit
 def gradients(
     level,
@@ -216,11 +183,15 @@ def gradients(
     scales,
     to_logits,
     to_distances,
+    size,
     SQUARE: tl.constexpr,  # noqa: N803
     CELLS: tl.constexpr,  # noqa: N803
     CLASSES: tl.constexpr,  # noqa: N803
 ):
-    """Write the gradients of a level's maps, from those of its sums; a sum that has none adds nothing, nor NaN."""
+    """Write the gradients of a level's maps, from those of its sums; a sum that has none adds nothing, nor NaN.
+
+    No number depends on another's place: the tile may be any, and is chosen by the size class.
+    """
     image = tl.program_id(1)
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     there = cell < level.cells

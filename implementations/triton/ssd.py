@@ -9,7 +9,7 @@ can hold it.
 
 What it trades: priors may be any boxes, so that each ground truth walks them all, in registers; mining has one program
 an image, which walks its losses six times. Memory is some fifty bytes a prior beside the gradients, whatever the ground
-truths and classes. Block sizes are fixed, not tuned. Predictions are copied if they are not contiguous. Limits: fewer
+truths and classes. Block sizes are fixed. Predictions are copied if they are not contiguous. Limits: fewer
 than 2**16 images, fewer than 2**29 ground truths in all, padding included, and fewer than 2**29 priors in all.
 
 Ties are broken as in the oracle. What differs from it: an image without ground truth is background and has no hard
@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from detoracle.implementations.registry import implements
 from detoracle.implementations.triton import ssd_kernels as kernels
 from detoracle.implementations.triton import ssd_loss_kernels as loss_kernels
-from detoracle.implementations.triton.launching import check_runs, check_size
+from detoracle.implementations.triton.launching import AS_WRITTEN, check_runs, check_size
 from detoracle.implementations.triton.ssd_kernels import Matching, Terms
 from detoracle.implementations.triton.ssd_loss_kernels import Targets
 from detoracle.reference.assignment import BACKGROUND, IGNORED, Assignment
@@ -42,7 +42,6 @@ __all__ = ["hard_negatives", "loss", "match"]
 
 _VARIANCES = (0.1, 0.2)  # of centre offsets, of logarithms of sizes
 _PRIORS, _MATCHED, _ROWS, _CLASSES = 1024, 128, 32, 32  # of one program at a time
-_AS_WRITTEN = {"enable_fp_fusion": False}  # products and sums are rounded one by one, as PyTorch rounds them
 
 
 # --------------------------------------------------------------------------------------------------------------- match
@@ -102,10 +101,10 @@ def _match(
             number, gt_valid.shape[1],
         )  # fmt: skip
         if gt_valid.shape[1]:
-            kernels.best_priors[gt_valid.numel(),](given, claimed, PRIORS=_PRIORS, **_AS_WRITTEN)
+            kernels.best_priors[gt_valid.numel(),](given, claimed, PRIORS=_PRIORS, **AS_WRITTEN)
         kernels.match[triton.cdiv(number, _MATCHED), images](
             given, claimed, gt_index, quality, targets["class_target"], targets["loc_target"], threshold, *variances,
-            PRIORS=_MATCHED, **_AS_WRITTEN,
+            PRIORS=_MATCHED, **AS_WRITTEN,
         )  # fmt: skip
     return Assignment(gt_index, quality, targets)
 
@@ -146,11 +145,11 @@ def _mined(conf: Tensor, class_target: Tensor, neg_pos: int) -> tuple[Tensor, Te
     if conf.numel():
         terms, rows = Terms(torch.empty_like(entropy), entropy, class_target.contiguous()), images * number
         kernels.entropies[triton.cdiv(rows, _ROWS),](
-            conf, terms, rows, classes, ROWS=_ROWS, CLASSES=_CLASSES, **_AS_WRITTEN
+            conf, terms, rows, classes, ROWS=_ROWS, CLASSES=_CLASSES, **AS_WRITTEN
         )
         kernels.mine[images,](
             terms, terms.largest.amax(), negative, mining_loss, _lowest(conf.dtype), neg_pos, number,
-            PRIORS=_PRIORS, **_AS_WRITTEN,
+            PRIORS=_PRIORS, **AS_WRITTEN,
         )  # fmt: skip
     return entropy, negative, mining_loss
 
@@ -217,7 +216,7 @@ class _Loss(torch.autograd.Function):
         parts = entropy.new_zeros(programs, 3)
         if programs:
             loss_kernels.sums[programs,](
-                loc.contiguous(), targets, entropy, parts, entropy.numel(), ROWS=_MATCHED, **_AS_WRITTEN
+                loc.contiguous(), targets, entropy, parts, entropy.numel(), ROWS=_MATCHED, **AS_WRITTEN
             )
         return parts.sum(0)
 
@@ -231,6 +230,6 @@ class _Loss(torch.autograd.Function):
         if rows:
             loss_kernels.gradients[triton.cdiv(rows, _ROWS),](
                 loc.contiguous(), conf.contiguous(), Targets(*targets), to_sums.float().contiguous(), to_loc, to_conf,
-                rows, classes, ROWS=_ROWS, CLASSES=_CLASSES, **_AS_WRITTEN,
+                rows, classes, ROWS=_ROWS, CLASSES=_CLASSES, **AS_WRITTEN,
             )  # fmt: skip
         return None, None, to_loc, to_conf

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from detoracle.implementations.triton.arithmetic import area, key_value, keys_of, shared_area
+from detoracle.implementations.triton.arithmetic import key_value, keys_of
+from detoracle.implementations.triton.boxes import area, shared_area
 
 __all__ = ["Matching", "Terms", "best_priors", "entropies", "log_softmax", "match", "mine", "tile"]
 

@@ -7,9 +7,9 @@ of float32, bfloat16 or float16. Sums have a fixed order, and what programs add 
 to the last bit. It reads nothing back and no shape depends on the data, so that a CUDA graph can hold it.
 
 What it trades: points that come without maps are taken for no grid, so that each ground truth walks them all, and
-computes with those inside. Memory is some tens of bytes an anchor, whatever the ground truths. Block sizes are fixed,
-not tuned. A level's maps are copied if they are not contiguous. Limits: fewer than 2**16 images, fewer than 2**29
-ground truths in all, padding included, a top-k of no more than 128, and exponents of 0 or more, not both 0.
+computes with those inside. Memory is some tens of bytes an anchor, whatever the ground truths. Block sizes are fixed.
+A level's maps are copied if they are not contiguous. Limits: fewer than 2**16 images, fewer than 2**29 ground truths in
+all, padding included, a top-k of no more than 128, and exponents of 0 or more, not both 0.
 
 Ties are broken as in the oracle. What differs from it: as in `batched`, but for class logits of minus infinity; float64
 is refused. The gradient cannot be differentiated again.
@@ -29,7 +29,7 @@ from detoracle.implementations.batched import yolov8 as batched
 from detoracle.implementations.registry import implements
 from detoracle.implementations.triton import yolov8_kernels as kernels
 from detoracle.implementations.triton import yolov8_loss_kernels as loss_kernels
-from detoracle.implementations.triton.launching import check_runs, check_size
+from detoracle.implementations.triton.launching import AS_WRITTEN, check_runs, check_size, lanes_for, starts_of
 from detoracle.implementations.triton.yolov8_kernels import Batch, Best, Grid
 from detoracle.implementations.triton.yolov8_loss_kernels import Level, Targets
 from detoracle.reference.assignment import BACKGROUND, Assignment
@@ -38,8 +38,6 @@ from detoracle.reference.errors import InputError
 __all__ = ["assign", "loss"]
 
 _ANCHORS, _CLASSES = 128, 16  # of one program at a time
-_MOST_CLAIMS = 128
-_AS_WRITTEN = {"enable_fp_fusion": False}  # products and sums are rounded one by one, as PyTorch rounds them
 _NO_GRID = Grid((), (), ())
 
 
@@ -96,8 +94,7 @@ def assign(
 def _check_limits(gt_valid: Tensor, topk: int, alpha: float, beta: float, *, where: str) -> None:
     """Refuse what a launch, a program or the rule for pairs outside a box cannot hold."""
     check_size(gt_valid, "gt_valid", images=len(gt_valid), rows=gt_valid.numel(), where=where)
-    if not 0 <= topk <= _MOST_CLAIMS:
-        raise InputError("topk", expected=f"0 to {_MOST_CLAIMS}", got=str(topk), where=where)
+    lanes_for(topk, where=where)
     if alpha < 0 or beta < 0 or alpha == beta == 0:
         expected, got = "exponents of 0 or more, not both 0", f"alpha {alpha}, beta {beta}"
         raise InputError("alpha and beta", expected=expected, got=got, where=where)
@@ -114,16 +111,14 @@ def _batch(
     beta: float,
 ) -> Batch:
     """What kernels read: points in pixels, boxes (B, 4, A), and logits or probabilities (B, C, Al) of each level."""
-    starts = [0]
-    for level in class_values:
-        starts.append(starts[-1] + level.shape[2])
+    starts = starts_of(level.shape[2] for level in class_values)
     return Batch(
         points=points.float().contiguous(),
         boxes=boxes,
         box_strides=boxes.stride(),
         maps=tuple(class_values),
         map_strides=tuple(level.stride() for level in class_values),
-        starts=tuple(starts),
+        starts=starts,
         gt_boxes=gt_boxes.float().contiguous(),
         gt_labels=gt_labels.contiguous(),
         counted=counted.contiguous(),
@@ -146,14 +141,14 @@ def _match(batch: Batch, grid: Grid, topk: int, *, logits: bool) -> tuple[Tensor
     metrics = torch.empty_like(quality)
     none = torch.zeros_like(batch.counted, dtype=torch.int32)
     best = Best(none, none.clone(), none.new_zeros(images))
-    settings: dict[str, Any] = {"LEVELS": len(batch.maps), "LOGITS": logits, "ANCHORS": _ANCHORS, **_AS_WRITTEN}
+    settings: dict[str, Any] = {"LEVELS": len(batch.maps), "LOGITS": logits, "ANCHORS": _ANCHORS, **AS_WRITTEN}
     blocks = (triton.cdiv(batch.num_anchors, _ANCHORS), images)
-    lanes = triton.next_power_of_2(max(topk, 1))
+    lanes = lanes_for(topk, where="yolov8.assign")
     kernels.claim[images * ground_truths,](
         batch, grid, claimed, best, topk, LANES=lanes, GRID=bool(grid.steps), **settings
     )
     kernels.resolve[blocks](batch, claimed, best, gt_index, metrics, **settings)
-    kernels.scale[blocks](batch, best, gt_index, metrics, quality, ANCHORS=_ANCHORS, **_AS_WRITTEN)
+    kernels.scale[blocks](batch, best, gt_index, metrics, quality, ANCHORS=_ANCHORS, **AS_WRITTEN)
     return gt_index, quality
 
 
@@ -226,7 +221,7 @@ def _assigned(
     for level in _levels(maps, strides):
         kernels.decode[triton.cdiv(level.cells, _ANCHORS), len(boxes)](
             batch, level.raw, level.step, reg_max, level.start, level.cells, boxes,
-            BINS=triton.next_power_of_2(reg_max), ANCHORS=_ANCHORS, **_AS_WRITTEN,
+            BINS=triton.next_power_of_2(reg_max), ANCHORS=_ANCHORS, **AS_WRITTEN,
         )  # fmt: skip
     heights, widths = zip(*(level.shape[2:] for level in maps), strict=True)
     return _match(batch, Grid(tuple(map(float, strides)), widths, heights), topk, logits=True)
@@ -265,16 +260,15 @@ class _Loss(torch.autograd.Function):
 
 
 def _choices(reg_max: int) -> dict[str, Any]:
-    return {"BINS": triton.next_power_of_2(reg_max), "CELLS": _ANCHORS, "CLASSES": _CLASSES, **_AS_WRITTEN}
+    return {"BINS": triton.next_power_of_2(reg_max), "CELLS": _ANCHORS, "CLASSES": _CLASSES, **AS_WRITTEN}
 
 
 def _levels(raw: Sequence[Tensor], strides: Sequence[int]) -> list[Level]:
-    levels, start = [], 0
-    for level, step in zip(raw, strides, strict=True):
-        cells = level.shape[2] * level.shape[3]
-        levels.append(Level(level.detach().contiguous(), float(step), cells, start))
-        start += cells
-    return levels
+    cells = [level.shape[2] * level.shape[3] for level in raw]
+    return [
+        Level(level.detach().contiguous(), float(step), number, start)
+        for level, step, number, start in zip(raw, strides, cells, starts_of(cells)[:-1], strict=True)
+    ]
 
 
 def _targets(

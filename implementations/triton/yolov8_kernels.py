@@ -4,11 +4,10 @@ Only pairs of a ground truth and an anchor inside it have a metric. `decode` is 
 of a level, and decodes the boxes of anchors inside any ground truth. `claim` is one program per ground truth: on a grid
 it walks the rectangle of cells that its box covers, elsewhere all points; it computes CIoU and metric in registers, and
 keeps the largest there, as keys in which the lowest anchor breaks ties. What it claims beyond metrics above 0 are the
-first anchors with a 0, wherever they lie: these are found among the first of the image by counting. A claim inside the
-box adds 2**32 and the ground truth's number to the anchor's counter; integers add up to the same in any order.
-`resolve`, one program per image and block of anchors, takes the number if one claimed, and else the largest CIoU of all
-ground truths of the image; it leaves each ground truth's best metric and CIoU, as integers that order as they do.
-`scale` makes qualities of the metrics.
+first anchors with a 0, wherever they lie: these are found among the first of the image by counting. Only claims inside
+the box count. `resolve`, one program per image and block of anchors, takes the claimant if it is one, and else the
+largest CIoU of all ground truths of the image; it leaves each ground truth's best metric and CIoU, as integers that
+order as they do. `scale` makes qualities of the metrics.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import triton.language as tl
 
 from detoracle.implementations.triton.arithmetic import (
     before,
-    cheaper,
     key_value,
     keys_of,
     larger,
@@ -29,13 +27,12 @@ from detoracle.implementations.triton.arithmetic import (
     sigmoid,
     smallest,
 )
-from detoracle.implementations.triton.yolov8_boxes import ciou, distribution, inside
-from detoracle.implementations.triton.yolox_kernels import _ground_truth, _logits
+from detoracle.implementations.triton.boxes import ciou
+from detoracle.implementations.triton.matching import cheaper, claimants, ground_truth, lay_claims, logits
 
-__all__ = ["Batch", "Best", "Grid", "claim", "decode", "resolve", "scale"]
+__all__ = ["Batch", "Best", "Grid", "claim", "decode", "distribution", "resolve", "scale"]
 
-_CLAIM = tl.constexpr(1 << 32)
-_NUMBER = tl.constexpr(0xFFFFFFFF)
+_MARGIN = tl.constexpr(1e-9)  # a point inside a box is farther than this from every side
 _EPS = tl.constexpr(1e-9)
 
 
@@ -97,6 +94,13 @@ def _points(batch, anchor, there):
 
 
 @triton.jit
+def inside(x, y, box):
+    """Whether points lie strictly in a box."""
+    across = (x - box[0] > _MARGIN) & (box[2] - x > _MARGIN)
+    return across & (y - box[1] > _MARGIN) & (box[3] - y > _MARGIN)
+
+
+@triton.jit
 def _pairs(batch, image, row, anchor, near, LEVELS: tl.constexpr, LOGITS: tl.constexpr):  # noqa: N803
     """CIoU, not below 0, and metric of a ground truth with anchors inside it; 0 where they are not near."""
     strides = batch.box_strides
@@ -104,14 +108,32 @@ def _pairs(batch, image, row, anchor, near, LEVELS: tl.constexpr, LOGITS: tl.con
     left, top = tl.load(at, near, 0.0).to(tl.float32), tl.load(at + strides[1], near, 0.0).to(tl.float32)
     at += 2 * strides[1]
     right, bottom = tl.load(at, near, 1.0).to(tl.float32), tl.load(at + strides[1], near, 1.0).to(tl.float32)
-    overlap = larger(ciou(_ground_truth(batch, row), (left, top, right, bottom)), 0.0)
+    overlap = larger(ciou(ground_truth(batch, row), (left, top, right, bottom)), 0.0)
     label = tl.load(batch.gt_labels + row).to(tl.int32)
     label = tl.where(label < 0, label + batch.num_classes, label)
-    score = _logits(batch, image, anchor, label, near, LEVELS)
+    score = logits(batch, image, anchor, label, near, LEVELS)
     if LOGITS:
         score = sigmoid(score)
     metric = power(score, batch.alpha) * power(overlap, batch.beta)
     return tl.where(near, overlap, 0.0), tl.where(near, metric, 0.0)
+
+
+@triton.jit
+def distribution(at, step, there, reg_max, BINS: tl.constexpr):  # noqa: N803
+    """Distances of which bins of logits are the distribution; and logits, probabilities and log of their sum's scale.
+
+    The bins of a row lie `step` apart. Where there is but one, it is the distance.
+    """
+    bins = tl.arange(0, BINS)
+    read = there[:, None] & (bins < reg_max)[None, :]
+    logits = tl.load(at[:, None] + bins[None, :] * step, mask=read, other=0.0).to(tl.float32)
+    largest = tl.max(tl.where(read, logits, float("-inf")), 1)
+    largest = tl.where(there, largest, 0.0)
+    powers = tl.where(read, tl.exp(logits - largest[:, None]), 0.0)
+    total = tl.where(there, tl.sum(powers, 1), 1.0)
+    probability = tl.div_rn(powers, total[:, None] + tl.zeros_like(powers))
+    distance = tl.sum(logits, 1) if BINS == 1 else tl.sum(probability * bins[None, :].to(tl.float32), 1)
+    return distance, logits, probability, largest + tl.log(total)
 
 
 @triton.jit
@@ -135,7 +157,7 @@ def decode(
     for gt in range(batch.num_gts):
         row = image * batch.num_gts + gt
         if tl.load(batch.counted + row) != 0:
-            near = near | inside(x, y, _ground_truth(batch, row))
+            near = near | inside(x, y, ground_truth(batch, row))
     near = near & there
     if tl.max(near.to(tl.int32), 0) > 0:
         at = raw + image.to(tl.int64) * (4 * reg_max + batch.num_classes) * cells + cell
@@ -191,7 +213,7 @@ def claim(
     row = tl.program_id(0)
     image = row // batch.num_gts
     if tl.load(batch.counted + row) != 0:
-        gt = _ground_truth(batch, row)
+        gt = ground_truth(batch, row)
         foremost = nothing(LANES)
         undefined = 0
         for level in tl.static_range(LEVELS):
@@ -218,15 +240,13 @@ def claim(
                     foremost = smallest(foremost, keys_of(value, anchor, near & (metric != 0.0)))
         if undefined != 0:
             tl.store(best.spoilt + image, 1)
-        start = image.to(tl.int64) * batch.num_anchors
-        one = tl.full([LANES], _CLAIM, tl.int64) + (row - image * batch.num_gts)
         _, anchor = key_value(foremost)
         kept = before(foremost, most)
-        tl.atomic_add(claimed + start + anchor, one, mask=kept)
+        lay_claims(claimed, batch, image, row, anchor, kept)
         left = most - tl.sum(kept.to(tl.int32), 0)
         if left > 0:
             anchor, kept = _zeros(batch, foremost, left, gt, image, LANES)
-            tl.atomic_add(claimed + start + anchor, one, mask=kept)
+            lay_claims(claimed, batch, image, row, anchor, kept)
 
 
 @triton.jit
@@ -245,23 +265,21 @@ def resolve(
     anchor = tl.program_id(0) * ANCHORS + tl.arange(0, ANCHORS)
     there = anchor < batch.num_anchors
     at = image.to(tl.int64) * batch.num_anchors + anchor
-    counter = tl.load(claimed + at, mask=there, other=0)
-    claimants = (counter >> 32).to(tl.int32)
-    winner = tl.where(claimants == 1, (counter & _NUMBER).to(tl.int32), -1)
-    x, y = _points(batch, anchor, claimants > 0)
-    if tl.max(claimants, 0) > 1:
-        winner = tl.where(claimants > 1, 0, winner)
+    number, winner = claimants(claimed, at, there)
+    x, y = _points(batch, anchor, number > 0)
+    if tl.max(number, 0) > 1:
+        winner = tl.where(number > 1, 0, winner)
         lowest = tl.zeros([ANCHORS], tl.float32)
         for gt in range(batch.num_gts):
             row = image * batch.num_gts + gt
             if tl.load(batch.counted + row) != 0:
-                near = (claimants > 1) & inside(x, y, _ground_truth(batch, row))
+                near = (number > 1) & inside(x, y, ground_truth(batch, row))
                 overlap, _ = _pairs(batch, image, row, anchor, near, LEVELS, LOGITS)
                 winner, lowest = cheaper(near, winner, lowest, gt, -overlap)
     assigned = winner >= 0
     row = image * batch.num_gts + tl.maximum(winner, 0)
     near = assigned & (tl.load(batch.counted + row, mask=assigned, other=0) != 0)
-    near = near & inside(x, y, _ground_truth(batch, row))
+    near = near & inside(x, y, ground_truth(batch, row))
     overlap, metric = _pairs(batch, image, row, anchor, near, LEVELS, LOGITS)
     tl.store(gt_index + at, winner.to(tl.int64), mask=there)
     tl.store(metrics + at, metric, mask=there)

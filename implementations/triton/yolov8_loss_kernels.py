@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from detoracle.implementations.triton.arithmetic import bce_with_logits
-from detoracle.implementations.triton.yolov8_boxes import ciou_slopes, distribution
+from detoracle.implementations.triton.boxes import ciou_slopes
+from detoracle.implementations.triton.yolov8_kernels import distribution
 
 __all__ = ["Level", "Targets", "gradients", "sums"]
 

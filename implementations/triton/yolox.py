@@ -8,8 +8,8 @@ depends on the data, so that a CUDA graph can hold it.
 
 What it trades: dynamic k depends on the best IoUs among the candidates of *all* ground truths of an image, so that each
 ground truth walks them all, not only those near it. Memory is some tens of bytes an anchor, whatever the ground truths.
-Block sizes are fixed, not tuned. A level's maps are copied if they are not contiguous. Limits: fewer than 2**16 images
-and fewer than 2**29 ground truths in all, padding included.
+Block sizes are fixed, but for those of the gradient. A level's maps are copied if they are not contiguous. Limits:
+fewer than 2**16 images and fewer than 2**29 ground truths in all, padding included.
 
 Ties are broken as in the oracle. What differs from it: as in `batched`; a class that does not exist fails in an
 assertion on the device; float64 is refused. The gradient cannot be differentiated again.
@@ -29,11 +29,19 @@ from detoracle.implementations.batched import yolox as batched
 from detoracle.implementations.registry import implements
 from detoracle.implementations.triton import yolox_kernels as kernels
 from detoracle.implementations.triton import yolox_loss_kernels as loss_kernels
-from detoracle.implementations.triton.launching import check_runs
-from detoracle.implementations.triton.yolox_kernels import Batch, Terms
+from detoracle.implementations.triton.launching import (
+    AS_WRITTEN,
+    check_runs,
+    check_size,
+    listed,
+    size_class,
+    starts_of,
+    tiles,
+)
+from detoracle.implementations.triton.matching import Terms
+from detoracle.implementations.triton.yolox_kernels import Batch
 from detoracle.implementations.triton.yolox_loss_kernels import Level, Targets
 from detoracle.reference.assignment import BACKGROUND, Assignment
-from detoracle.reference.errors import InputError
 
 __all__ = ["assign", "loss", "match"]
 
@@ -41,8 +49,6 @@ _CENTER_RADIUS = {"tutorial": 2.5, "official": 1.5}  # half side of the square a
 _PENALTY = {"tutorial": 1e5, "official": 1e6}
 _MOST_CLAIMS = 10
 _ANCHORS, _CLASSES = 128, 16  # of one program at a time
-_MOST_IMAGES, _MOST_GROUND_TRUTHS = 2**16 - 1, 2**29 - 1  # of a grid's second axis, and of what int32 can address
-_AS_WRITTEN = {"enable_fp_fusion": False}  # products and sums are rounded one by one, as PyTorch rounds them
 
 
 @implements("yolox.assign", name="triton")
@@ -132,17 +138,13 @@ def match(
     [[1.0]]
     """
     (images, anchors), ground_truths = objectness.shape, counted.shape[1]
-    if images > _MOST_IMAGES or images * ground_truths > _MOST_GROUND_TRUTHS:
-        most = f"at most {_MOST_IMAGES} images, and {_MOST_GROUND_TRUTHS} ground truths with padding"
-        raise InputError("gt_boxes", expected=most, got=str(tuple(gt_boxes.shape)), where="yolox.assign")
+    check_size(gt_boxes, "gt_boxes", images=images, rows=images * ground_truths, where="yolox.assign")
     gt_index = objectness.new_full((images, anchors), BACKGROUND, dtype=torch.int64)
     quality = objectness.new_zeros(images, anchors, dtype=torch.float32)
     dynamic_k = torch.zeros_like(counted, dtype=torch.int64)
     if not (images and ground_truths and anchors):
         return Assignment(gt_index, quality, {"dynamic_k": dynamic_k})
-    num_classes, starts = class_logits[0].shape[1], [0]
-    for level in class_logits:
-        starts.append(starts[-1] + level.shape[2])
+    num_classes = class_logits[0].shape[1]
     exists = (gt_labels >= 0) & (gt_labels < num_classes)
     torch._assert_async((exists | ~counted).all(), f"gt_labels: expected 0 to {num_classes - 1}")
     batch = Batch(
@@ -154,7 +156,7 @@ def match(
         objectness_strides=objectness.stride(),
         maps=tuple(class_logits),
         map_strides=tuple(level.stride() for level in class_logits),
-        starts=tuple(starts),
+        starts=starts_of(level.shape[2] for level in class_logits),
         gt_boxes=gt_boxes.float().contiguous(),
         gt_labels=gt_labels.contiguous(),
         counted=counted.contiguous(),
@@ -166,27 +168,16 @@ def match(
     )
     terms = Terms(torch.empty_like(quality), torch.empty_like(quality), torch.empty_like(gt_index, dtype=torch.int32))
     choices: dict[str, Any] = {"OFFICIAL": flavour == "official", "LEVELS": len(class_logits), "ANCHORS": _ANCHORS}
-    settings = {**choices, **_AS_WRITTEN}
+    settings = {**choices, **AS_WRITTEN}
     blocks = (triton.cdiv(anchors, _ANCHORS), images)
 
     candidate = torch.empty_like(gt_index, dtype=torch.bool)
     kernels.candidates[blocks](batch, terms, candidate, CLASSES=_CLASSES, **settings)
-    listed, numbers = _listed(candidate)
+    places = listed(candidate)
     claimed = torch.zeros_like(gt_index)
-    kernels.claim[images * ground_truths,](
-        batch, terms, listed, numbers, claimed, dynamic_k, MOST=_MOST_CLAIMS, **settings
-    )
+    kernels.claim[images * ground_truths,](batch, terms, *places, claimed, dynamic_k, MOST=_MOST_CLAIMS, **settings)
     kernels.resolve[blocks](batch, terms, claimed, gt_index, quality, **settings)
     return Assignment(gt_index, quality, {"dynamic_k": dynamic_k})
-
-
-def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Marked columns of each row of a mask (B, A), in order, (B, A) int32, of which the first (B,) count."""
-    place = mask.cumsum(1)
-    columns = torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32).expand_as(mask)
-    listed = columns.new_empty(len(mask), mask.shape[1] + 1)
-    listed.scatter_(1, torch.where(mask, place - 1, mask.shape[1]), columns)  # the others go to the last place
-    return listed[:, :-1].contiguous(), place[:, -1].contiguous()
 
 
 @implements("yolox.loss", name="triton")
@@ -256,7 +247,7 @@ class _Loss(torch.autograd.Function):
         for number, level in enumerate(levels):
             loss_kernels.sums[triton.cdiv(level.cells, _ANCHORS), len(level.raw)](
                 level, _targets(level, *targets), parts, sum(programs[:number]),
-                L1=use_l1, CELLS=_ANCHORS, CLASSES=_CLASSES, **_AS_WRITTEN,
+                L1=use_l1, CELLS=_ANCHORS, CLASSES=_CLASSES, **AS_WRITTEN,
             )  # fmt: skip
         return parts.sum(0)
 
@@ -269,21 +260,20 @@ class _Loss(torch.autograd.Function):
         gradients = []
         for level in _levels(raw, ctx.strides):
             gradient = torch.empty_like(level.raw)
-            loss_kernels.gradients[triton.cdiv(level.cells, _ANCHORS), len(level.raw)](
+            loss_kernels.gradients[tiles(level.cells, len(level.raw))](
                 level, _targets(level, gt_index, quality, gt_boxes, gt_labels), scales, gradient,
-                L1=ctx.use_l1, CELLS=_ANCHORS, CLASSES=_CLASSES, **_AS_WRITTEN,
+                size_class(level.raw), L1=ctx.use_l1, **AS_WRITTEN,
             )  # fmt: skip
             gradients.append(gradient)
         return None, None, None, None, None, *gradients
 
 
 def _levels(raw: Sequence[Tensor], strides: Sequence[int]) -> list[Level]:
-    levels, start = [], 0
-    for level, step in zip(raw, strides, strict=True):
-        height, width = level.shape[2:]
-        levels.append(Level(level.detach().contiguous(), float(step), width, height * width, start))
-        start += height * width
-    return levels
+    cells = [level.shape[2] * level.shape[3] for level in raw]
+    return [
+        Level(level.detach().contiguous(), float(step), level.shape[3], number, start)
+        for level, step, number, start in zip(raw, strides, cells, starts_of(cells)[:-1], strict=True)
+    ]
 
 
 def _targets(level: Level, gt_index: Tensor, quality: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> Targets:

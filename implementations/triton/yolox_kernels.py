@@ -2,10 +2,9 @@
 
 `candidates` is one program per image and block of anchors, and finds the candidates and what "no class at all" costs
 them. `claim` is one program per ground truth: it walks the candidates of its image, computes IoU and cost in registers,
-and keeps the ten largest IoUs and the ten smallest costs there, as keys in which the lowest anchor breaks ties. A claim
-adds 2**32 and the ground truth's number to the anchor's counter; integers add up to the same in any order. `resolve`,
-again per block of anchors, takes the number if one claimed, and else computes the costs of all ground truths of the
-image anew, in registers, of the contested anchors alone.
+and keeps the ten largest IoUs and the ten smallest costs there, as keys in which the lowest anchor breaks ties.
+`resolve`, again per block of anchors, takes the claimant if it is one, and else computes the costs of all ground truths
+of the image anew, in registers, of the contested anchors alone.
 
 Class logits lie in one map a level, which a kernel takes as tuples of pointers and strides.
 """
@@ -22,15 +21,26 @@ from detoracle.implementations.triton.arithmetic import (
     binary_entropy,
     key_value,
     keys_of,
+    larger,
     nothing,
     sigmoid,
+    smaller,
     smallest,
 )
+from detoracle.implementations.triton.matching import (
+    apart,
+    cheaper,
+    claimants,
+    dynamic_claims,
+    ground_truth,
+    keep,
+    lay_claims,
+    logits,
+    without,
+)
 
-__all__ = ["Batch", "Terms", "candidates", "claim", "resolve"]
+__all__ = ["Batch", "candidates", "claim", "resolve"]
 
-_CLAIM = tl.constexpr(1 << 32)
-_NUMBER = tl.constexpr(0xFFFFFFFF)
 _LANES = tl.constexpr(16)  # a power of two that holds the ten claims
 
 
@@ -74,40 +84,12 @@ class Batch(NamedTuple):
     penalty: Any
 
 
-class Terms(NamedTuple):
-    """What "no class at all" costs each candidate, (B, A): all classes but the largest, the largest, and its class."""
-
-    others: Any
-    largest: Any
-    largest_class: Any
-
-
-@triton.jit
-def _logits(batch, image, anchor, channel, there, LEVELS: tl.constexpr):  # noqa: N803
-    """Class logits at anchors and channels, broadcast, from whichever level they lie in."""
-    found = tl.zeros(there.shape, tl.float32)
-    for level in tl.static_range(LEVELS):
-        here = there & (anchor >= batch.starts[level]) & (anchor < batch.starts[level + 1])
-        strides = batch.map_strides[level]
-        at = batch.maps[level] + image.to(tl.int64) * strides[0] + channel * strides[1]
-        at += (anchor - batch.starts[level]).to(tl.int64) * strides[2]
-        found = tl.where(here, tl.load(at, mask=here, other=0.0).to(tl.float32), found)
-    return found
-
-
 @triton.jit
 def _sureness(batch, image, anchor, there):
     """Probabilities of an object."""
     strides = batch.objectness_strides
     at = batch.objectness + image.to(tl.int64) * strides[0] + anchor.to(tl.int64) * strides[1]
     return sigmoid(tl.load(at, mask=there, other=0.0).to(tl.float32))
-
-
-@triton.jit
-def _ground_truth(batch, row):
-    """Centre and size of ground truths."""
-    at = batch.gt_boxes + row * 4
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
 
 @triton.jit
@@ -122,16 +104,6 @@ def _inside(batch, anchor, there, gt):
 
 
 @triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _ious(batch, image, anchor, there, gt):
     """IoU of predictions with ground truths; NaN of boxes without area, 0 unless they overlap strictly."""
     strides = batch.box_strides
@@ -139,8 +111,8 @@ def _ious(batch, image, anchor, there, gt):
     x, y = tl.load(at, there, 0.0).to(tl.float32), tl.load(at + strides[1], there, 0.0).to(tl.float32)
     at += 2 * strides[1]
     w, h = tl.load(at, there, 1.0).to(tl.float32), tl.load(at + strides[1], there, 1.0).to(tl.float32)
-    across = _smaller(x + w / 2, gt[0] + gt[2] / 2) - _larger(x - w / 2, gt[0] - gt[2] / 2)
-    down = _smaller(y + h / 2, gt[1] + gt[3] / 2) - _larger(y - h / 2, gt[1] - gt[3] / 2)
+    across = smaller(x + w / 2, gt[0] + gt[2] / 2) - larger(x - w / 2, gt[0] - gt[2] / 2)
+    down = smaller(y + h / 2, gt[1] + gt[3] / 2) - larger(y - h / 2, gt[1] - gt[3] / 2)
     shared = across * down * ((across > 0.0) & (down > 0.0)).to(tl.float32)
     return tl.div_rn(shared, gt[2] * gt[3] + w * h - shared)
 
@@ -148,15 +120,12 @@ def _ious(batch, image, anchor, there, gt):
 @triton.jit
 def _pairs(batch, terms, image, row, anchor, there, OFFICIAL: tl.constexpr, LEVELS: tl.constexpr):  # noqa: N803
     """IoU and cost of a ground truth with anchors, which are candidates."""
-    gt = _ground_truth(batch, row)
+    gt = ground_truth(batch, row)
     iou = _ious(batch, image, anchor, there, gt)
     label = tl.load(batch.gt_labels + row).to(tl.int32)
-    logit = _logits(batch, image, anchor, label, there, LEVELS)
+    logit = logits(batch, image, anchor, label, there, LEVELS)
     own_is, own_is_not = binary_entropy(tl.sqrt_rn(sigmoid(logit) * _sureness(batch, image, anchor, there)))
-    at = image.to(tl.int64) * batch.num_anchors + anchor
-    others, largest = tl.load(terms.others + at, there, 0.0), tl.load(terms.largest + at, there, 0.0)
-    own_is_largest = tl.load(terms.largest_class + at, there, 0) == label
-    rest = tl.where(own_is_largest, others, largest + (others - own_is_not))
+    rest = without(terms, image.to(tl.int64) * batch.num_anchors + anchor, there, label, own_is_not)
     cost = own_is + rest - 3.0 * tl.log(iou + 1e-8)
     in_box, in_square = _inside(batch, anchor, there, gt)
     return iou, tl.where(in_square if OFFICIAL else in_box & in_square, cost, cost + batch.penalty)
@@ -180,7 +149,7 @@ def candidates(
     for gt in range(batch.num_gts):
         row = image * batch.num_gts + gt
         if tl.load(batch.counted + row) != 0:
-            in_box, in_square = _inside(batch, anchor, there, _ground_truth(batch, row))
+            in_box, in_square = _inside(batch, anchor, there, ground_truth(batch, row))
             near = near | (in_square if OFFICIAL else in_box | in_square)
     near = near & there
     at = image.to(tl.int64) * batch.num_anchors + anchor
@@ -192,18 +161,11 @@ def candidates(
         for first in range(0, batch.num_classes, CLASSES):
             channel = first + tl.arange(0, CLASSES)
             read = near[:, None] & (channel < batch.num_classes)[None, :]
-            logit = _logits(batch, image, anchor[:, None], channel[None, :], read, LEVELS)
+            logit = logits(batch, image, anchor[:, None], channel[None, :], read, LEVELS)
             _, entropy = binary_entropy(tl.sqrt_rn(sigmoid(logit) * sureness[:, None]))
             entropy = tl.where(read, entropy, 0.0)
-            top, place = tl.max(entropy, 1), tl.argmax(entropy, 1)
-            # The largest is kept apart: a ground truth takes its own class off again, and would cancel with it.
-            small = tl.sum(tl.where(channel[None, :] == (first + place)[:, None], 0.0, entropy), 1)
-            others += small + _smaller(top, largest) + 0.0 * tl.sum(entropy, 1)  # NaN wherever it stands
-            largest_class = tl.where(top > largest, first + place, largest_class)
-            largest = _larger(top, largest)
-        tl.store(terms.others + at, others, mask=near)
-        tl.store(terms.largest + at, largest, mask=near)
-        tl.store(terms.largest_class + at, largest_class, mask=near)
+            others, largest, largest_class = apart(entropy, channel, others, largest, largest_class)
+        keep(terms, at, near, others, largest, largest_class)
 
 
 @triton.jit
@@ -235,14 +197,10 @@ def claim(
             undefined = undefined | tl.max((there & (iou != iou)).to(tl.int32), 0)
             overlaps = smallest(overlaps, keys_of(-iou, anchor, there))
             cheapest = smallest(cheapest, keys_of(cost, anchor, there))
-        negative, _ = key_value(overlaps)
-        total = tl.sum(tl.where(before(overlaps, MOST), -negative, 0.0), 0)
-        claims = tl.minimum(tl.maximum(total, 1.0), MOST).to(tl.int32)
-        claims = tl.where(undefined != 0, 1, claims)
+        claims = dynamic_claims(overlaps, undefined, MOST)
         tl.store(dynamic_k + row, claims.to(tl.int64))
         _, anchor = key_value(cheapest)
-        one = tl.full([_LANES], _CLAIM, tl.int64) + (row - image * batch.num_gts)
-        tl.atomic_add(claimed + start + anchor, one, mask=before(cheapest, claims))
+        lay_claims(claimed, batch, image, row, anchor, before(cheapest, claims))
 
 
 @triton.jit
@@ -261,21 +219,16 @@ def resolve(
     anchor = tl.program_id(0) * ANCHORS + tl.arange(0, ANCHORS)
     there = anchor < batch.num_anchors
     at = image.to(tl.int64) * batch.num_anchors + anchor
-    counter = tl.load(claimed + at, mask=there, other=0)
-    claimants = (counter >> 32).to(tl.int32)
-    winner = tl.where(claimants == 1, (counter & _NUMBER).to(tl.int32), -1)
-    if tl.max(claimants, 0) > 1:
-        contested = claimants > 1
+    number, winner = claimants(claimed, at, there)
+    if tl.max(number, 0) > 1:
+        contested = number > 1
         lowest = tl.zeros([ANCHORS], tl.float32)
         for gt in range(batch.num_gts):
             row = image * batch.num_gts + gt
             if tl.load(batch.counted + row) != 0:
                 _, cost = _pairs(batch, terms, image, row, anchor, contested, OFFICIAL, LEVELS)
-                undefined = (cost != cost) & (lowest == lowest)  # the first NaN wins
-                better = contested & ((winner < 0) | (cost < lowest) | undefined)
-                winner = tl.where(better, gt, winner)
-                lowest = tl.where(better, cost, lowest)
+                winner, lowest = cheaper(contested, winner, lowest, gt, cost)
     assigned = winner >= 0
-    gt = _ground_truth(batch, image * batch.num_gts + tl.maximum(winner, 0))
+    gt = ground_truth(batch, image * batch.num_gts + tl.maximum(winner, 0))
     tl.store(gt_index + at, winner.to(tl.int64), mask=there)
     tl.store(quality + at, tl.where(assigned, _ious(batch, image, anchor, assigned, gt), 0.0), mask=there)

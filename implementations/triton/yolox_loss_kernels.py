@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from detoracle.implementations.triton.arithmetic import bce_with_logits
+from detoracle.implementations.triton.arithmetic import bce_with_logits, sign
+from detoracle.implementations.triton.boxes import side
+from detoracle.implementations.triton.launching import tuned
 
 __all__ = ["Level", "Targets", "gradients", "sums"]
 
@@ -75,15 +77,6 @@ def _target(level, targets, image, cell, there):
 
 
 @triton.jit
-def _side(low, high, gt_low, gt_high):
-    """Length that two sides share, and its derivatives by the ends of the first; who are equal share the derivative."""
-    length = tl.minimum(high, gt_high) - tl.maximum(low, gt_low)
-    by_high = tl.where(high == gt_high, 0.5, (high < gt_high).to(tl.float32))
-    by_low = tl.where(low == gt_low, -0.5, -((low > gt_low).to(tl.float32)))
-    return length, by_low, by_high
-
-
-@triton.jit
 def _box_terms(level, targets, image, cell, positive, ground_truth, L1: tl.constexpr):  # noqa: N803
     """Box and L1 losses of positives, and their derivatives by the four raw channels."""
     at = level.raw + _channel(level, image, 0, cell, targets.num_classes)
@@ -97,8 +90,8 @@ def _box_terms(level, targets, image, cell, positive, ground_truth, L1: tl.const
     column, row = (cell % level.width).to(tl.float32), (cell // level.width).to(tl.float32)
     x, y, w, h = (raw_x + column) * step, (raw_y + row) * step, tl.exp(raw_w) * step, tl.exp(raw_h) * step
 
-    across, by_left, by_right = _side(x - w / 2, x + w / 2, gt_x - gt_w / 2, gt_x + gt_w / 2)
-    down, by_top, by_bottom = _side(y - h / 2, y + h / 2, gt_y - gt_h / 2, gt_y + gt_h / 2)
+    across, by_left, by_right = side(x - w / 2, x + w / 2, gt_x - gt_w / 2, gt_x + gt_w / 2)
+    down, by_top, by_bottom = side(y - h / 2, y + h / 2, gt_y - gt_h / 2, gt_y + gt_h / 2)
     overlap = ((across > 0.0) & (down > 0.0)).to(tl.float32)
     shared = across * down * overlap
     union = w * h + gt_w * gt_h - shared + 1e-16
@@ -166,22 +159,22 @@ def sums(
         tl.store(out + 3, tl.sum(boxes[1], 0))
 
 
-@triton.jit
-def _sign(x):
-    return (x > 0.0).to(tl.float32) - (x < 0.0).to(tl.float32)
-
-
+@tuned("size", "L1")
 @triton.jit
 def gradients(
     level,
     targets,
     scales,
     gradient,
+    size,
     L1: tl.constexpr,  # noqa: N803
     CELLS: tl.constexpr,  # noqa: N803
     CLASSES: tl.constexpr,  # noqa: N803
 ):
-    """Write the gradient of a level's maps, from those of the four sums."""
+    """Write the gradient of a level's maps, from those of the four sums.
+
+    No number depends on another's place: the tile may be any, and is chosen by the size class.
+    """
     image = tl.program_id(1)
     cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
     there = cell < level.cells
@@ -195,11 +188,11 @@ def gradients(
     tl.store(gradient + out, derivative * to_objectness, mask=there)
 
     boxes = _box_terms(level, targets, image, cell, positive, ground_truth, L1)
-    for side in tl.static_range(4):
-        total = boxes[2][side] * to_box
+    for number in tl.static_range(4):
+        total = boxes[2][number] * to_box
         if L1:
-            total += _sign(boxes[3][side]) * to_l1
-        at = _channel(level, image, side, cell, targets.num_classes)
+            total += sign(boxes[3][number]) * to_l1
+        at = _channel(level, image, number, cell, targets.num_classes)
         tl.store(gradient + at, tl.where(positive, total, 0.0), mask=there)
     label = tl.load(targets.gt_labels + image * targets.num_gts + ground_truth, mask=positive, other=-1)
     for first in range(0, targets.num_classes, CLASSES):

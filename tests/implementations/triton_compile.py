@@ -7,10 +7,12 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
 
 from detoracle.implementations.triton import (
     anchor_head_kernels,
     anchor_head_loss_kernels,
+    matching,
     rtmdet_kernels,
     rtmdet_loss_kernels,
     ssd_kernels,
@@ -24,11 +26,20 @@ from detoracle.implementations.triton import (
 __all__: list[str] = []
 
 
-def compiled(kernel: Any, types: dict[str, Any], choices: dict[str, Any]) -> int:
-    """Bytes of a kernel's machine code."""
-    signature = {**types, **dict.fromkeys(choices, "constexpr")}
-    source = ASTSource(kernel, signature, constexprs=choices)
-    return len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).kernel)
+_COMPILED: set[tuple[str, str]] = set()
+
+
+def compile_for(system: str, *kernels: tuple[Any, dict[str, Any], dict[str, Any]]) -> None:
+    """Print the sizes of kernels' machine code, given types and choices; what differs in types alone is left out."""
+    for kernel, types, choices in kernels:
+        if isinstance(kernel, Autotuner):  # its first tile stands for all
+            choices, types, kernel = {**choices, **kernel.configs[0].kwargs}, {**types, "size": "i32"}, kernel.fn
+        if (f"{system}.{kernel.__name__}", str(choices)) in _COMPILED:
+            continue
+        _COMPILED.add((f"{system}.{kernel.__name__}", str(choices)))
+        source = ASTSource(kernel, {**types, **dict.fromkeys(choices, "constexpr")}, constexprs=choices)
+        found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+        print(system, kernel.__name__, len(found.kernel), flush=True)
 
 
 def yolox(dtype: str, *, official: bool) -> None:
@@ -53,21 +64,21 @@ def yolox(dtype: str, *, official: bool) -> None:
         radius="fp32",
         penalty="fp32",
     )
-    both = {"batch": batch, "terms": yolox_kernels.Terms("*fp32", "*fp32", "*i32")}
+    both = {"batch": batch, "terms": matching.Terms("*fp32", "*fp32", "*i32")}
     choices = {"OFFICIAL": official, "LEVELS": 3, "ANCHORS": 128}
     lists = {"listed": "*i32", "numbers": "*i64", "claimed": "*i64", "dynamic_k": "*i64"}
     level = yolox_loss_kernels.Level(head, "fp32", "i32", "i32", "i32")
     targets = yolox_loss_kernels.Targets("*i64", "*fp32", "*fp32", labels, "i32", "i32", "i32")
     of_level = {"level": level, "targets": targets}
     blocks = {"L1": official, "CELLS": 128, "CLASSES": 16}
-    for kernel, types, chosen in (
+    compile_for(
+        "yolox",
         (yolox_kernels.candidates, {**both, "candidate": "*i1"}, {**choices, "CLASSES": 16}),
         (yolox_kernels.claim, {**both, **lists}, {**choices, "MOST": 10}),
         (yolox_kernels.resolve, {**both, "claimed": "*i64", "gt_index": "*i64", "quality": "*fp32"}, choices),
         (yolox_loss_kernels.sums, {**of_level, "parts": "*fp32", "first_program": "i32"}, blocks),
         (yolox_loss_kernels.gradients, {**of_level, "scales": "*fp32", "gradient": head}, blocks),
-    ):
-        print(kernel.__name__, dtype, compiled(kernel, types, chosen), flush=True)
+    )
 
 
 def rtmdet(dtype: str, *, square: bool) -> None:
@@ -91,7 +102,7 @@ def rtmdet(dtype: str, *, square: bool) -> None:
         radius="fp32",
         iou_weight="fp32",
     )
-    both = {"batch": batch, "terms": rtmdet_kernels.Terms("*fp32", "*fp32", "*i32")}
+    both = {"batch": batch, "terms": matching.Terms("*fp32", "*fp32", "*i32")}
     choices = {"LEVELS": 3, "ANCHORS": 128}
     lists = {"listed": "*i32", "numbers": "*i64", "claimed": "*i64", "dynamic_k": "*i64", "most": "i32"}
     level = rtmdet_loss_kernels.Level(head, head, "i32", "i32")
@@ -99,14 +110,14 @@ def rtmdet(dtype: str, *, square: bool) -> None:
     of_level = {"level": level, "targets": targets, "settings": rtmdet_loss_kernels.Settings("fp32", "fp32", "fp32")}
     blocks = {"SQUARE": square, "CELLS": 128, "CLASSES": 16}
     maps = {"to_logits": head, "to_distances": head}
-    for kernel, types, chosen in (
+    compile_for(
+        "rtmdet",
         (rtmdet_kernels.candidates, {**both, "candidate": "*i1"}, {**choices, "CLASSES": 16}),
         (rtmdet_kernels.claim, {**both, **lists}, {"LANES": 16, **choices}),
         (rtmdet_kernels.resolve, {**both, "claimed": "*i64", "gt_index": "*i64", "quality": "*fp32"}, choices),
         (rtmdet_loss_kernels.sums, {**of_level, "parts": "*fp32"}, blocks),
         (rtmdet_loss_kernels.gradients, {**of_level, "scales": "*fp32", **maps}, blocks),
-    ):
-        print("rtmdet", kernel.__name__, dtype, compiled(kernel, types, chosen), flush=True)
+    )
 
 
 def ssd(dtype: str, labels: str) -> None:
@@ -120,7 +131,8 @@ def ssd(dtype: str, labels: str) -> None:
     mined = {"highest": "*fp32", "negative": "*i1", "mining_loss": "*fp32"}
     size, tile = {"rows": "i32", "classes": "i32"}, {"ROWS": 32, "CLASSES": 32}
     written = {"scales": "*fp32", "to_loc": head, "to_conf": head}
-    for kernel, types, chosen in (
+    compile_for(
+        "ssd",
         (ssd_kernels.best_priors, {"given": matching, "claimed": "*i32"}, {"PRIORS": 1024}),
         (ssd_kernels.match, {"given": matching, "claimed": "*i32", **assigned, **variances}, {"PRIORS": 128}),
         (ssd_kernels.entropies, {"conf": head, "terms": terms, **size}, tile),
@@ -135,8 +147,7 @@ def ssd(dtype: str, labels: str) -> None:
             {"ROWS": 128},
         ),
         (ssd_loss_kernels.gradients, {"loc": head, "conf": head, "targets": targets, **written, **size}, tile),
-    ):
-        print("ssd", kernel.__name__, dtype, compiled(kernel, types, chosen), flush=True)
+    )
 
 
 def yolov8(dtype: str, *, maps: bool) -> None:
@@ -167,7 +178,8 @@ def yolov8(dtype: str, *, maps: bool) -> None:
     level = yolov8_loss_kernels.Level(head, "fp32", "i32", "i32")
     targets = yolov8_loss_kernels.Targets("*fp32", "*i64", "*fp32", "*fp32", labels, "i32", "i32", "i32", "i32")
     of_level, blocks = {"level": level, "targets": targets}, {**bins, "CELLS": 128, "CLASSES": 16}
-    for kernel, types, chosen in (
+    compile_for(
+        "yolov8",
         (yolov8_kernels.decode, {"batch": batch, **map_types}, {**bins, "ANCHORS": 128}),
         (
             yolov8_kernels.claim,
@@ -178,8 +190,7 @@ def yolov8(dtype: str, *, maps: bool) -> None:
         (yolov8_kernels.scale, {"batch": batch, "best": best, **found, "quality": "*fp32"}, {"ANCHORS": 128}),
         (yolov8_loss_kernels.sums, {**of_level, "parts": "*fp32"}, blocks),
         (yolov8_loss_kernels.gradients, {**of_level, "scales": "*fp32", "gradient": head}, blocks),
-    ):
-        print("yolov8", kernel.__name__, dtype, compiled(kernel, types, chosen), flush=True)
+    )
 
 
 def anchor_head(dtype: str, box_loss: Any, *, other: bool) -> None:
@@ -195,7 +206,8 @@ def anchor_head(dtype: str, box_loss: Any, *, other: bool) -> None:
     of_level = {"level": level, "targets": targets, "settings": settings}
     tile = {"LOSS": box_loss.value, "DECODED": other, "SQUARE": other, "CELLS": 128, "CLASSES": 16}
     maps = {"scales": "*fp32", "to_scores": head, "to_deltas": head}
-    for kernel, types, chosen in (
+    compile_for(
+        "anchor_head",
         (anchor_head_kernels.best_anchors, pairs, blocks),
         (
             anchor_head_kernels.assign,
@@ -204,18 +216,16 @@ def anchor_head(dtype: str, box_loss: Any, *, other: bool) -> None:
         ),
         (anchor_head_loss_kernels.sums, {**of_level, "parts": "*fp32"}, tile),
         (anchor_head_loss_kernels.gradients, {**of_level, **maps}, tile),
-    ):
-        print("anchor_head", kernel.__name__, dtype, compiled(kernel, types, chosen), flush=True)
+    )
 
 
 if __name__ == "__main__":
-    yolox("fp32", official=False)
     yolox("bf16", official=True)
-    rtmdet("fp32", square=False)
+    yolox("fp32", official=False)
     rtmdet("bf16", square=True)
-    yolov8("fp32", maps=False)
+    rtmdet("fp32", square=False)
     yolov8("bf16", maps=True)
-    ssd("fp32", "*i64")
+    yolov8("fp32", maps=False)
     ssd("bf16", "*i32")
-    anchor_head("fp32", anchor_head_loss_kernels.SMOOTH_L1, other=False)
     anchor_head("bf16", anchor_head_loss_kernels.GIOU, other=True)
+    anchor_head("fp32", anchor_head_loss_kernels.SMOOTH_L1, other=False)

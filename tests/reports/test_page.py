@@ -280,6 +280,21 @@ def test_a_bench_tells_phase_first_call_and_share_of_the_floor() -> None:
     assert "timed" not in [th.text for th in PAGE.all("th")]
 
 
+def test_a_bench_on_a_gpu_tells_replays_launches_and_memory() -> None:
+    plain = BENCHED[0]
+    replayed = replace(plain, launches=12, device_peak_bytes=3456, replay_milliseconds=1.5)
+    cost = _by_id(_parsed(render(replace(EMPTY, measurements=(plain, replayed)))), "cost")
+    time_table, counters = cost.all("table")
+    for table, name, cells in (
+        (time_table, "from a CUDA graph, ms", ["–", "1.50"]),
+        (counters, "launches", ["0", "12"]),
+        (counters, "peak bytes of the GPU", ["0", "3,456"]),
+    ):
+        place = [th.text for th in table.all("th", scope="col")].index(name)
+        assert [row.all("td")[place - 1].text for row in table.all("tbody")[0].all("tr")] == cells
+    assert "launches" not in [th.text for th in PAGE.all("th")]
+
+
 def test_growth_is_plotted_with_its_exponents() -> None:
     fits = tuple(
         Growth("yolox.assign", name, "forward", "gts", "2 batch, 84 anchors, 3 classes", 3, 1.0, 2.0)
