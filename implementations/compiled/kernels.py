@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 __all__ = ["Kernel", "Kind", "compiled_kernel"]
 
@@ -78,11 +79,18 @@ def compiled_kernel(kind: Kind, dtype: torch.dtype, threads: int, *, writes: boo
     for tensor in (logits, weight, gradient):
         if tensor is not None:
             torch._dynamo.mark_dynamic(tensor, tuple(range(tensor.ndim)))
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_MOST), warnings.catch_warnings():
+    limit = torch._dynamo.config.patch(recompile_limit=_MOST)
+    # Under a mode that watches the dispatcher nothing would be compiled.
+    with torch.no_grad(), limit, _disable_current_modes(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's compiler calls what PyTorch deprecates
-        kernel: Any = torch.compile(formula, dynamic=True)
-        kernel(logits, weight, one, one, gradient)
-    return kernel  # type: ignore[no-any-return]
+        compiled: Any = torch.compile(formula, dynamic=True)
+        compiled(logits, weight, one, one, gradient)
+
+    def kernel(*given: Tensor | None) -> Any:
+        # A compiler that meets such a mode gives the function up for good.
+        return (compiled if _get_current_dispatch_mode() is None else formula)(*given)
+
+    return kernel
 
 
 def _factors(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,8 +111,9 @@ def test_small_losses_of_positives_survive_large_ones_of_background(monkeypatch:
     gt, one = torch.tensor([[[8.0, 8, 56, 56]]]), torch.ones(1, 1, dtype=torch.bool)
     distances = batched.encode(points, gt[0].expand(len(points), 4)).mT.reshape(1, 4, 8, 8)  # IoUs are 1
     logits = torch.full((1, 2, 8, 8), -30.0)
+    label = torch.zeros(1, 1, dtype=torch.int64)
     given = {"class_logits": [logits], "distances": [distances], "strides": [8]}
-    given |= {"gt_boxes": gt, "gt_labels": torch.zeros(1, 1, dtype=torch.int64), "gt_valid": one}
+    given |= {"gt_boxes": gt, "gt_labels": label, "gt_valid": one}
     boxes = batched.decode(points, distances.flatten(2).mT)
     positive = batched.assign(
         logits.flatten(2).mT,
@@ -120,7 +121,7 @@ def test_small_losses_of_positives_survive_large_ones_of_background(monkeypatch:
         batched.priors([(8, 8)], [8]),
         torch.ones(1, 64, dtype=torch.bool),
         gt,
-        given["gt_labels"],
+        label,
         one,
     ).positive
     logits[:, 0].masked_fill_(positive.view(1, 8, 8), 70.0)
