@@ -86,7 +86,7 @@ def compiled_kernel(kind: Kind, dtype: torch.dtype, threads: int, *, writes: boo
         compiled: Any = torch.compile(formula, dynamic=True)
         compiled(logits, weight, one, one, gradient)
 
-    def kernel(*given: Tensor | None) -> Any:
+    def kernel(*given: Any) -> Any:
         # A compiler that meets such a mode gives the function up for good.
         return (compiled if _get_current_dispatch_mode() is None else formula)(*given)
 
