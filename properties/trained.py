@@ -7,7 +7,6 @@ whose row comes nearest to its own. An L1 loss pulls towards different ground tr
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +70,10 @@ def trained_assignment(
     if trials.unexplained(given):
         found = _one_by_one(explanation, found, seen, loss_given)
         trials = _Trials.of(found, explanation.options(found), seen, loss_given)
-    for candidate in itertools.chain(_by_value(found, trials.alike(given), given, loss_given), [found]):
+    candidates = list(_by_value(found, trials.alike(given), given, loss_given))
+    if not any(torch.equal(candidate, found) for candidate in candidates):
+        candidates.append(found)
+    for candidate in candidates:
         if not explanation.wrong(candidate).any():
             yield candidate
 

@@ -110,9 +110,15 @@ def compare(clause: str, given: Tensor, want: Any) -> list[Finding]:
     if not wrong.any():
         return []
     position, ulps = _worst(wrong, given, exact)
-    within = f" +- {float(bound[position]):.3g}" if isinstance(want, Bounded) else ""
-    message = f"expected {exact[position].item():.9g}{within}, got {given[position].item():.9g}"
+    wanted = _within(exact[position], bound[position]) if isinstance(want, Bounded) else f"{exact[position].item():.9g}"
+    message = f"expected {wanted}, got {given[position].item():.9g}"
     return [Finding(clause, f"at {position}" if position else "", message, int(wrong.sum()), ulps)]
+
+
+def _within(exact: Tensor, bound: Tensor) -> str:
+    """A number and its bound, of as many digits as the bound asks for."""
+    short, full = f"{exact.item():.9g}", repr(exact.item())
+    return f"{full if abs(float(short) - exact.item()) > bound.item() / 16 else short} +- {bound.item():.3g}"
 
 
 def _worst(wrong: Tensor, given: Tensor, exact: Tensor) -> tuple[tuple[int, ...], float]:
@@ -167,5 +173,5 @@ def _gradient_finding(clause: str, given: Tensor | None, right: RightGradient) -
     if not wrong.any():
         return None
     at, ulps = _worst(wrong, given, right.exact)
-    message = f"expected {right.exact[at].item():.9g} +- {right.bound[at].item():.3g}, got {given[at].item():.9g}"
+    message = f"expected {_within(right.exact[at], right.bound[at])}, got {given[at].item():.9g}"
     return Finding(clause, f"at {at}" if at else "", message, int(wrong.sum()), ulps)

@@ -47,5 +47,5 @@ def unavailable(device: str) -> str:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
     if not shutil.which(compiler):
         return f"needs a C++ compiler, here {compiler}; another is named by CXX in the environment"
-    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    has_headers = os.access(Path(sysconfig.get_path("include"), "Python.h"), os.R_OK)
     return "" if has_headers else "needs the headers of Python, such as those of the package python3-dev"

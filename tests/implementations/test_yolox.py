@@ -21,6 +21,7 @@ from detoracle.properties.random_scenes import random_scenes
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import system_of
 from detoracle.reference import yolox as oracle
+from detoracle.reference import yolox_loss as oracle_loss
 from detoracle.reference.explain.yolox import explain_cost
 from detoracle.reports.counters import count
 
@@ -159,7 +160,7 @@ def test_batched_keeps_gradients_finite_where_anchors_overflow() -> None:
     leaves = [level.requires_grad_() for level in given["raw"]]
     with torch.no_grad():
         leaves[0][:, 2:4, 0, 0] = 200  # far from the ground truth; exp(200) overflows
-    gradients, of_oracle = (torch.autograd.grad(m.loss(**given)["total"], leaves) for m in (batched, oracle))
+    gradients, of_oracle = (torch.autograd.grad(m.loss(**given)["total"], leaves) for m in (batched, oracle_loss))
     assert bool(of_oracle[0].isnan().any())
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 
