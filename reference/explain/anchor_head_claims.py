@@ -108,6 +108,8 @@ class ClaimingWorld(World):
 
     def nearest(self, gt_index: Tensor, evidence: Tensor) -> Tensor:
         """Claim anew, each ground truth the anchors that agree best with those given, where `evidence` (A,) counts."""
+        if self.claims_all:  # of many ways to claim tied groups only some are listed
+            return super().nearest(gt_index, evidence)
         found = torch.where(self.by_threshold.wrong(gt_index), self.by_threshold.gt_index, gt_index)
         for claim in self.claims:
             own = gt_index == claim.gt
