@@ -95,20 +95,8 @@ def _bench_on_gpu(session: nox.Session, operation: str, *options: str, part: str
     for dtype in ("float32", "bfloat16"):
         out = str(folder / "-".join(filter(None, (operation, dtype, part))))
         # Where an output was wrong the table says so; the other tables are wanted all the same.
-        bench = (
-            "detoracle",
-            "bench",
-            operation,
-            "--device",
-            "cuda",
-            "--dtype",
-            dtype,
-            *sizes,
-            "--out",
-            out,
-            "--resume",
-        )
-        session.run(*bench, *options, success_codes=[0, 1])
+        bench = ["detoracle", "bench", operation, "--device", "cuda", "--dtype", dtype, "--out", out, "--resume"]
+        session.run(*bench, *sizes, *options, success_codes=[0, 1])
 
 
 @nox.session

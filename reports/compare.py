@@ -24,11 +24,12 @@ from detoracle.properties.systems import System
 from detoracle.properties.worker import Worker
 from detoracle.reference.contract import Operation
 from detoracle.reports.counters import count
+from detoracle.reports.device import Gpu
 from detoracle.reports.environment import source_hash
 from detoracle.reports.picturing import picture_of
 from detoracle.reports.record import Measurement, Picture, Row, measurement
 from detoracle.reports.rows import row_of
-from detoracle.reports.timing import paired
+from detoracle.reports.timing import paired, timed
 from detoracle.reports.workloads import hash_of
 
 __all__ = ["Part", "Settings", "compare_operation", "prepared", "read_part", "run_key", "write_part"]
@@ -164,18 +165,18 @@ def _measure(
     """Time right implementations against the oracle, turn by turn in this process, and count what a call does."""
     calls = {"oracle": operation.oracle, **{one.name: one.load() for one in implementations}}
     counters = {name: count(prepared(operation, call, case.arguments))[1] for name, call in calls.items()}
-    synchronize: Callable[[], object] | None = torch.cuda.synchronize if settings.device == "cuda" else None
+    clock = Gpu().timed if settings.device == "cuda" else timed
 
-    def timed(call: Callable[..., Any]) -> Callable[[int], object]:
+    def by_round(call: Callable[..., Any]) -> Callable[[int], object]:
         fresh = [prepared(operation, call, case.arguments) for _ in range(_ROUNDS + 1)]
         return lambda number: fresh[number]()
 
     timings = paired(
-        {name: timed(call) for name, call in calls.items()},
+        {name: by_round(call) for name, call in calls.items()},
         baseline="oracle",
         rounds=_ROUNDS,
         seed=settings.seed,
-        synchronize=synchronize,
+        clock=clock,
     )
     inputs = hash_of(case.arguments)
     return tuple(

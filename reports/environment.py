@@ -12,7 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["environment", "source_hash"]
+__all__ = ["CLOCKS", "environment", "source_hash"]
+
+CLOCKS = ("cpu_mhz", "gpu_mhz")
+"""Facts of `environment` that differ from one moment to the next."""
+
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -25,9 +29,10 @@ def environment() -> dict[str, str | int | bool]:
     dict
         Always ``detoracle``, ``python``, ``torch``, ``numpy`` (versions), ``system``, ``machine``, ``cpu`` (its model
         name), ``threads`` (that one operation may use) and ``deterministic`` (whether only deterministic algorithms
-        are allowed, which can be several times slower). Where there is a CUDA device, ``gpu`` and, if the driver tells,
-        ``gpu_driver``. Where the package runs from a git checkout, ``commit`` and ``dirty`` (whether files differ from
-        that commit). No host name, no user name, no path.
+        are allowed, which can be several times slower). Where the system tells, ``cpu_mhz``, the clocks seen just now.
+        Where there is a CUDA device, ``gpu`` and, if the driver tells, ``gpu_driver`` and ``gpu_mhz``. Where the
+        package runs from a git checkout, ``commit`` and ``dirty`` (whether files differ from that commit). No host
+        name, no user name, no path.
 
     Examples
     --------
@@ -45,6 +50,7 @@ def environment() -> dict[str, str | int | bool]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        **_cpu_clock(),
         **_gpu(),
         **_revision(Path(__file__).resolve().parents[1]),
     }
@@ -71,20 +77,32 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def _cpu_told(fact: str) -> list[str]:
+    """What Linux tells of each core; nothing elsewhere."""
+    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(fact)]
+
+
 def _cpu_name() -> str:
     """Model name of the processor, or its architecture where the system does not tell."""
-    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = _cpu_told("model name")
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _cpu_clock() -> dict[str, str]:
+    """Slowest and fastest clock of all cores just now."""
+    clocks = [float(clock) for clock in _cpu_told("cpu MHz")]
+    return {"cpu_mhz": f"{min(clocks):.0f} to {max(clocks):.0f}"} if clocks else {}
+
+
 def _gpu() -> dict[str, str]:
-    """Name and driver version of the current CUDA device."""
+    """Name, driver version and clock of the current CUDA device."""
     if not torch.cuda.is_available():
         return {}
-    drivers = _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    driver = {"gpu_driver": drivers.splitlines()[0]} if drivers else {}
-    return {"gpu": torch.cuda.get_device_name(), **driver}
+    told = _answer("nvidia-smi", "--query-gpu=driver_version,clocks.sm", "--format=csv,noheader,nounits")
+    driver, _, clock = (told or "").partition("\n")[0].partition(", ")
+    found = {"gpu": torch.cuda.get_device_name(), "gpu_driver": driver, "gpu_mhz": clock}
+    return {name: value for name, value in found.items() if value}
 
 
 def _revision(root: Path) -> dict[str, str | bool]:

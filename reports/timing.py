@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter_ns
 from typing import Any, TypeVar
 
@@ -18,9 +17,12 @@ import numpy as np
 
 from detoracle.reference.errors import InputError
 
-__all__ = ["Timing", "paired", "summarise", "timed"]
+__all__ = ["Clock", "Timing", "paired", "summarise", "timed"]
 
 T = TypeVar("T")
+
+Clock = Callable[[Callable[[Any], object], Any], tuple[float, object]]
+"""Calls a call with its argument; gives seconds and result."""
 
 _RESAMPLES = 2001  # the 2.5 % and 97.5 % quantiles of so many are two of them: nothing is interpolated
 
@@ -66,8 +68,7 @@ def paired(
     rounds: int,
     warmup: int = 1,
     seed: int = 0,
-    synchronize: Callable[[], object] | None = None,
-    clock: Callable[[Callable[[Any], object], Any], tuple[float, object]] | None = None,
+    clock: Clock | None = None,
     prepare: Callable[[int], Any] = lambda number: number,
     inspect: Callable[[str, int, Any], object] = lambda name, number, result: None,
 ) -> dict[str, Timing]:
@@ -86,10 +87,9 @@ def paired(
         Untimed rounds that go first.
     seed : int
         Seed of the shuffling and of the bootstrap.
-    synchronize : callable, optional
-        Called before either reading of the clock: ``torch.cuda.synchronize`` for calls that run on a GPU.
     clock : callable, optional
-        Calls a call with its argument, and gives seconds and result; instead of the host's clock.
+        Calls a call with its argument, and gives seconds and result: `timed` unless given, for a GPU
+        `detoracle.reports.device.Gpu.timed`.
     prepare : callable, optional
         Makes a call's argument from the number of the round, outside the time.
     inspect : callable, optional
@@ -121,7 +121,7 @@ def paired(
         got = f"{rounds} and {warmup}"
         raise InputError("rounds, warmup", expected="at least 1 and at least 0", got=got, where="paired")
     names = list(calls)
-    clock = clock or partial(timed, synchronize=synchronize)
+    clock = clock or timed
     generator = np.random.default_rng(seed)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warmup + rounds):
@@ -176,16 +176,14 @@ def summarise(baseline_samples: Sequence[float], samples: Sequence[float], seed:
     return Timing(float(np.median(samples)), tuple(map(float, samples)), times_faster, low, high)
 
 
-def timed(call: Callable[[Any], T], argument: Any, synchronize: Callable[[], object] | None = None) -> tuple[float, T]:
-    """Time one call.
+def timed(call: Callable[[Any], T], argument: Any) -> tuple[float, T]:
+    """Time one call by the host's clock.
 
     Parameters
     ----------
     call : callable
     argument : object
         Its only argument.
-    synchronize : callable, optional
-        Called before either reading of the clock.
 
     Returns
     -------
@@ -198,9 +196,6 @@ def timed(call: Callable[[Any], T], argument: Any, synchronize: Callable[[], obj
     >>> seconds > 0, result
     (True, 3)
     """
-    wait = synchronize or (lambda: None)
-    wait()
     start = perf_counter_ns()
     result = call(argument)
-    wait()
     return (perf_counter_ns() - start) / 1e9, result

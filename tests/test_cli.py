@@ -220,8 +220,10 @@ def test_a_known_failure_is_accepted_until_it_expires_or_is_gone(run: Run, tmp_p
     assert len({row.place for row in report.rows}) == len(report.rows)
     expired = run(*check, "--known-failures", "old.toml")
     assert (expired.code, "expired on 1999-01-31" in expired.out) == (1, True)
+    assert read_report(tmp_path / "detoracle-check").findings  # the page says so too
     gone = run("check", "yolox.decode", "stranger:right", "--examples", 0, "--known-failures", "known.toml")
     assert (gone.code, "matches no failure" in gone.out) == (1, True)
+    assert "matches no failure" in read_report(tmp_path / "detoracle-check").notes[0]
     (tmp_path / "other.toml").write_text(listed.format("2999-01-31") + 'setting = "official"\n')
     other = run(*check, "--known-failures", "other.toml")
     assert (other.code, "on '*' (official) matches no failure" in other.out) == (1, True)

@@ -21,7 +21,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked run: needs os.fork")
 
 FILES = ["badge.svg", "junit.xml", "measurements.csv", "report.html", "results.csv", "results.json", "summary.md"]
 OPERATIONS = ["yolox.decode", "boxes.iou_yolox"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,14 +17,14 @@ from rich.progress import track
 from detoracle.commands.common import device_named, dtype_named, write_json, written_command
 from detoracle.properties.checking import Result, smallest_failure
 from detoracle.properties.examination import MOST_TIMEOUTS, examine, scenes_of_examination
-from detoracle.properties.known_failures import KnownFailure, problems, read_known_failures
+from detoracle.properties.known_failures import problems, read_known_failures
 from detoracle.properties.scenefile import SavedScene, write_scene
 from detoracle.properties.systems import System, find_operation
 from detoracle.properties.trials import Subject
 from detoracle.properties.worker import Worker
 from detoracle.reference.contract import Operation
 from detoracle.reports.environment import environment
-from detoracle.reports.record import Report, Row
+from detoracle.reports.record import KNOWN_FAILURE, Report, Row
 from detoracle.reports.rows import row_of
 from detoracle.reports.writing import locked, write_report
 
@@ -65,8 +65,13 @@ def check(
         results = list(examine(subject, progress, seed=seed, **place))
         if sum(result.verdict.status == "timeout" for result in results) >= MOST_TIMEOUTS:
             print(f"stopped after {MOST_TIMEOUTS} time-outs")
-        failures = [result for result in results if result.verdict.wrong]
-        saved = list(_save(system, found, implementation, _unknown(failures, entries), call, out))
+        today = started.date()
+        current = [entry for entry in entries if entry.expires >= today]
+        rows = [row_of(operation, implementation, result, current) for result in results]
+        unknown = [result for row, result in zip(rows, results, strict=True) if row.wrong]
+        saved = list(_save(system, found, implementation, unknown, call, out))
+        failed = [(row.clause, row.scene, row.setting) for row in rows if row.wrong or row.status == KNOWN_FAILURE]
+        stale = problems(entries, failed, today)
         report = Report(
             title=f"{operation} by {implementation}",
             command=written_command(sys.argv),
@@ -74,14 +79,11 @@ def check(
             seconds=round(time.monotonic() - clock, 1),
             seed=seed,
             environment=environment(),
-            rows=tuple(_rows(found, implementation, results, entries, saved)),
+            rows=tuple(_with_files(rows, saved)),
+            notes=tuple(stale),
         )
         page = write_report(report, out)
-    _conclude(found, implementation, results, entries, saved, seed, page, json)
-
-
-def _unknown(failures: list[Result], entries: tuple[KnownFailure, ...]) -> list[Result]:
-    return [f for f in failures if not any(e.covers(f.clause, f.case.scene.name, f.case.setting) for e in entries)]
+    _conclude(found, implementation, results, saved, stale, seed, page, json)
 
 
 def _save(
@@ -101,17 +103,10 @@ def _save(
         yield {"clause": clause, "scene": failure.case.name, "file": str(path), "findings": texts, "times": times}
 
 
-def _rows(
-    operation: Operation,
-    implementation: str,
-    results: list[Result],
-    entries: tuple[KnownFailure, ...],
-    saved: Sequence[dict[str, Any]],
-) -> Iterator[Row]:
-    """All results; the first failure of a clause names the file of the smallest one."""
+def _with_files(rows: Iterable[Row], saved: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    """The rows; the first failure of a clause names the file of the smallest one."""
     files = {failure["clause"]: Path(failure["file"]).name for failure in saved}
-    for result in results:
-        row = row_of(operation.name, implementation, result, entries)
+    for row in rows:
         yield replace(row, scene_file=files.pop(row.clause)) if row.wrong and row.clause in files else row
 
 
@@ -119,14 +114,12 @@ def _conclude(
     operation: Operation,
     implementation: str,
     results: list[Result],
-    entries: tuple[KnownFailure, ...],
     saved: list[dict[str, Any]],
+    stale: list[str],
     seed: int,
     page: Path,
     json: Path | None,
 ) -> None:
-    failures = [(r.clause, r.case.scene.name, r.case.setting) for r in results if r.verdict.wrong]
-    stale = problems(entries, failures, datetime.now(UTC).date())
     counts: dict[str, int] = {}
     for result in results:
         counts[result.verdict.status] = counts.get(result.verdict.status, 0) + 1

@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from detoracle.properties.checking import cases, judge_law
+from detoracle.properties.comparison import expect
+from detoracle.properties.laws.catalogue import laws_of
+from detoracle.properties.outputs import perform
 from detoracle.properties.random_scenes import random_scenes
+from detoracle.properties.systems import find_operation
 from detoracle.reference.errors import InputError
 from detoracle.reports.counters import count
 from tests.implementations.triton_trials import (
     CALLS,
+    DEVICE,
+    EDGE,
     LOSSES,
     arguments_of,
     gradients_of,
@@ -65,6 +72,20 @@ def test_right_on_a_random_scene(operation: str) -> None:
 def test_right_in_half_precision(operation: str) -> None:
     system, dtype = system_of(operation), torch.bfloat16 if operation in LOSSES else torch.float16
     assert wrong_cases(operation, SMALL.get(system, "identical-other-class"), FIRST[system], dtype) == []
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_every_law_holds_but_that_of_float64(operation: str) -> None:
+    """Which the kernels refuse."""
+    system, found = find_operation(operation)
+    case = next(iter(cases(system, found, EDGE["identical-other-class"], device=DEVICE)))
+    call = partial(perform, found, CALLS[operation])
+    right, first = expect(system, found, case.arguments), call(case.arguments)
+    assert not right.judge(first).wrong
+    judged = {law.id: judge_law(system, found, law, case, right, first, call) for law in laws_of(found)}
+    wrong = {name for name, result in judged.items() if result is not None and result.verdict.wrong}
+    assert wrong == {"float64"}
+    assert sum(result is not None for result in judged.values()) >= 5
 
 
 def _own_term_is_left_in(terms: Any, at: Any, there: Any, label: Any, own: Any) -> Any:

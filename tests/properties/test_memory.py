@@ -49,7 +49,7 @@ WAYS = {
 }
 
 
-@pytest.mark.skipif(not can_protect("cpu"), reason="needs POSIX")
+@pytest.mark.skipif(not can_protect("cpu"), reason="memory is write-protected by POSIX's mprotect")
 @pytest.mark.parametrize("way", WAYS)
 def test_writing_to_read_only_memory_ends_the_process(way: str) -> None:
     lines = ["import torch", "from detoracle.properties.memory import read_only", "tensor = read_only(torch.zeros(3))"]

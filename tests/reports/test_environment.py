@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from detoracle.reports import environment as module
-from detoracle.reports.environment import environment
+from detoracle.reports.environment import CLOCKS, environment
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +47,15 @@ def test_names_what_the_numbers_depend_on() -> None:
     assert described["cpu"]
     assert described["threads"] == torch.get_num_threads()
     required = {"detoracle", "python", "torch", "numpy", "system", "machine", "cpu", "threads", "deterministic"}
-    assert required <= set(described) <= required | {"gpu", "gpu_driver", "commit", "dirty"}
+    assert required <= set(described) <= required | {"gpu", "gpu_driver", *CLOCKS, "commit", "dirty"}
     assert json.loads(json.dumps(described)) == described
+
+
+def test_tells_the_clocks_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text("model name\t: made up\ncpu MHz\t\t: 1200.4\nmodel name\t: made up\ncpu MHz\t\t: 3600.0\n")
+    monkeypatch.setattr(module, "_CPU_INFO", told)
+    assert {name: environment()[name] for name in ("cpu", "cpu_mhz")} == {"cpu": "made up", "cpu_mhz": "1200 to 3600"}
 
 
 def test_keeps_host_user_and_paths_to_itself() -> None:

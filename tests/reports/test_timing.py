@@ -137,39 +137,18 @@ def test_calls_take_turns_in_an_order_that_the_seed_shuffles(clock: Clock) -> No
     assert order(0) == turns != order(1)
 
 
-def test_the_clock_is_read_when_the_device_is_done(clock: Clock) -> None:
-    pending = 0
+def test_another_clock_is_asked_instead(clock: Clock) -> None:
+    """Such as a GPU's: a call there returns before it is done."""
 
-    def launch(number: int) -> None:
-        nonlocal pending
-        pending += 8
+    def late(call: Callable[[int], object], number: int) -> tuple[float, object]:
+        call(number)
+        return 8.0, number
 
-    def synchronize() -> None:
-        nonlocal pending
-        clock.now += pending
-        pending = 0
-
-    def work(number: int) -> None:
-        clock.now += 1
-
-    calls = {"launch": launch, "immediate": work}
-    timings = paired(calls, baseline="launch", rounds=3, synchronize=synchronize)
-    assert timings["launch"].samples == (8 / 1e9,) * 3
-    assert timings["immediate"].times_faster == 8.0
-
-
-def test_work_left_over_is_not_charged_to_the_next_call(clock: Clock) -> None:
-    pending = 100
-
-    def synchronize() -> None:
-        nonlocal pending
-        clock.now += pending
-        pending = 0
-
-    timings = paired(
-        {"call": clock.call("call", lambda n: 2)}, baseline="call", rounds=1, warmup=0, synchronize=synchronize
-    )
-    assert timings["call"].samples == (2 / 1e9,)
+    inspected: list[tuple[str, int, object]] = []
+    given = {"a": clock.call("a", lambda n: 1)}
+    timings = paired(given, baseline="a", rounds=2, warmup=0, clock=late, inspect=lambda *seen: inspected.append(seen))
+    assert timings["a"].samples == (8.0, 8.0)
+    assert inspected == [("a", 0, 0), ("a", 1, 1)]
 
 
 @pytest.mark.parametrize(
