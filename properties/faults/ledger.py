@@ -160,7 +160,7 @@ def _written(kill: Kill, **facts: int) -> Entry:
 
 
 def alarm_sittings(systems: Sequence[str], seeds: Sequence[int], examples: int, ledger: Ledger) -> list[Sitting]:
-    """Sittings of right implementations, one an operation and seed, and one an operation on the catalogue.
+    """Sittings of right implementations, one an operation and seed, then one an operation on the catalogue.
 
     Parameters
     ----------
@@ -178,7 +178,7 @@ def alarm_sittings(systems: Sequence[str], seeds: Sequence[int], examples: int, 
     operations = [operation.name for name in systems for operation in system_of(name).operations]
     return [
         partial(_right_sit, operation, seed, examples)
-        for seed in (None, *seeds)
+        for seed in (*seeds, None)
         for operation in operations
         if not ledger.take(operation=operation, right=seed, random=examples)
     ]
