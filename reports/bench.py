@@ -48,6 +48,8 @@ class Bench:
         Time the forward pass alone.
     setting : str or None
         The operation's argument set; the first if None.
+    scenes : str
+        What the images look like, for `workload_case`.
     """
 
     device: str = "cpu"
@@ -56,6 +58,7 @@ class Bench:
     rounds: int = 8
     forward: bool = False
     setting: str | None = None
+    scenes: str = ""
 
     def gpu(self) -> Gpu | None:
         """The GPU to measure on, if it is one."""
@@ -99,10 +102,12 @@ def measure(
         operation,
         workload,
         seed=bench.seed,
+        scenes=bench.scenes,
         setting=bench.setting,
         device=bench.device,
         dtype=bench.dtype,
     )
+    label = ", ".join(filter(None, (str(workload), bench.scenes)))
     trial = _Trial(operation, agreement(system, operation, case.arguments), bench.forward, workload.batch)
     gpu = bench.gpu()
     clock = gpu.timed if gpu else timed
@@ -137,7 +142,7 @@ def measure(
         measurements = tuple(
             replace(
                 measurement(operation.name, name, timing, counters[name], baseline=baseline),
-                workload=f"{workload} ({case.setting})" if case.setting else str(workload),
+                workload=f"{label} ({case.setting})" if case.setting else label,
                 phase="forward" if bench.forward or not operation.gradients else "forward and backward",
                 **asdict(workload),
                 first_call=first[name] * 1e3,
@@ -154,7 +159,7 @@ def measure(
         Row(
             operation=operation.name,
             implementation=name,
-            scene=str(workload),
+            scene=label,
             setting=case.setting,
             status="different" if name in trial.problems else "equal",
             clause=f"{operation.name}[bench]" if name in trial.problems else "",

@@ -1,7 +1,8 @@
 """Workloads of the bench: one call of an operation, of a given size.
 
-A workload is a number of images, ground truths an image, anchors an image and classes. Its images are realistic ones;
-where there are more ground truths than everyday images have, crowds.
+A workload is a number of images, ground truths an image, anchors an image and classes. Its images are realistic ones:
+everyday photographs or crowds. The kind matters as much as the number: boxes of everyday size hold a hundred times the
+anchor points of those in a crowd.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from detoracle.reference.errors import InputError
 
 __all__ = ["STANDARD_ANCHORS", "Workload", "hash_of", "images_of", "rolled", "sides", "workload_case"]
 
+_PRESETS: Mapping[str, Literal["coco", "crowd"]] = {"realistic": "coco", "crowd": "crowd"}
 _MOST_EVERYDAY = 51  # ground truths; fuller images are crowds
 _STEP = 32  # pixels between image sides that are tried for a number of anchors
 _LARGEST = 2048
@@ -96,6 +98,7 @@ def workload_case(
     workload: Workload,
     *,
     seed: int = 0,
+    scenes: str = "",
     setting: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -109,6 +112,8 @@ def workload_case(
     workload : Workload
     seed : int
         Decides ground truths and predictions.
+    scenes : {"", "realistic", "crowd"}
+        Everyday images or crowds; if empty, crowds where there are more ground truths than everyday images have.
     setting : str, optional
         Name of one of the operation's argument sets; the first if left out.
     device : str
@@ -121,7 +126,7 @@ def workload_case(
     Raises
     ------
     InputError
-        If no image has so many anchors, or the operation has no such setting.
+        If no image has so many anchors, or there are no such scenes or setting.
 
     Examples
     --------
@@ -130,7 +135,7 @@ def workload_case(
     >>> [tuple(level.shape) for level in case.arguments["raw"]]
     [(2, 144, 8, 8), (2, 144, 4, 4), (2, 144, 2, 2)]
     """
-    scene = _scene(system.name, workload, seed)
+    scene = _scene(system.name, workload, scenes, seed)
     found = []
     for case in cases(system, operation, scene, device=device, dtype=dtype):
         if setting in (None, case.setting):
@@ -140,7 +145,9 @@ def workload_case(
     raise InputError("--setting", expected=f"one of {settings}", got=repr(setting), where=operation.name)
 
 
-def _scene(system: str, workload: Workload, seed: int) -> Scene:
+def _scene(system: str, workload: Workload, scenes: str, seed: int) -> Scene:
+    if scenes not in ("", *_PRESETS):
+        raise InputError("--scenes", expected=f"one of {', '.join(_PRESETS)}", got=repr(scenes), where="bench")
     table = sides(system)
     if workload.anchors not in table:
         near = sorted(table, key=lambda anchors: abs(anchors - workload.anchors))[:4]
@@ -148,7 +155,7 @@ def _scene(system: str, workload: Workload, seed: int) -> Scene:
         raise InputError("--anchors", expected=expected, got=str(workload.anchors), where=system)
     side = table[workload.anchors]
     drawn = realistic(
-        "coco" if workload.gts <= _MOST_EVERYDAY else "crowd",
+        _PRESETS[scenes or ("realistic" if workload.gts <= _MOST_EVERYDAY else "crowd")],
         num_images=workload.batch,
         seed=seed,
         image_size=(side, side),

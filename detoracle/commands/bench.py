@@ -41,6 +41,7 @@ def bench(
     gts: Annotated[list[int] | None, typer.Option(min=1, help="Ground truths an image.")] = None,
     anchors: Annotated[list[int] | None, typer.Option(min=1, help="Anchors an image; decides its side.")] = None,
     classes: Annotated[list[int] | None, typer.Option(min=1, help="Classes, without background.")] = None,
+    scenes: Annotated[str, typer.Option(help="realistic or crowd; by default crowds from 52 ground truths on.")] = "",
     setting: Annotated[str | None, typer.Option(help="One of its argument sets, such as a flavour.")] = None,
     forward: Annotated[bool, typer.Option("--forward", help="Time the forward pass alone.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each; six or more give an interval.")] = 8,
@@ -58,7 +59,7 @@ def bench(
     """
     clock, started = time.monotonic(), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     system, found = find_operation(operation)
-    settings = Bench(device_named(device), dtype_named(dtype), seed, rounds, forward, setting)
+    settings = Bench(device_named(device), dtype_named(dtype), seed, rounds, forward, setting, scenes)
     chosen = _chosen(found.name, implementation or [], rival, settings.device)
     calls = {one.name: one.load() for one in chosen}
     baseline = chosen[0].name

@@ -74,7 +74,7 @@ class Pairs(NamedTuple):
 
     def at(self, index: Tensor) -> Pairs:
         """Choose pairs."""
-        return Pairs(*(field[index] for field in self))
+        return Pairs(*(chosen(field, index) for field in self))
 
     def counts(self, rows: int) -> Tensor:
         """Pairs of each ground truth."""
@@ -210,7 +210,7 @@ class Matcher(ABC):
         A NaN is the cheapest here, as it is to `torch.argmin`.
         """
         images, anchors = self.predicted.area.shape
-        key = self.truths.image[claimed.row] * anchors + claimed.anchor
+        key = chosen(self._first, claimed.row) + claimed.anchor
         winner = torch.full((images * anchors,), BACKGROUND, device=key.device)
         winner[key] = claimed.row
         claimants = torch.zeros_like(winner).index_add_(0, key, torch.ones_like(key))
@@ -221,10 +221,10 @@ class Matcher(ABC):
 
     def _cheapest(self, image: Tensor, anchor: Tensor) -> Tensor:
         """Ground truths (N,), of T, that cost least at these anchors; NaN is the least."""
-        rivals = self.truths.per_image[image]
+        rivals = chosen(self.truths.per_image, image)
         which, place = ragged_arange(rivals)
         first = self.truths.per_image.cumsum(0) - self.truths.per_image
-        row = first[image[which]] + place
-        cost = self.cost(row, anchor[which])
+        row = chosen(first, chosen(image, which)) + place
+        cost = self.cost(row, chosen(anchor, which))
         cost = cost.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         return row[ragged_smallest(cost, rivals, torch.ones_like(rivals))]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detoracle.implementations.sparse.dynamic_k import Boxes, ClassRows, ClassTable, Matcher, Pairs, Truths
+from detoracle.implementations.sparse.dynamic_k import Boxes, ClassRows, ClassTable, Matcher, Pairs, Truths, chosen
 from detoracle.implementations.sparse.grid import Grid
 from detoracle.reference.assignment import BACKGROUND, Assignment
 from detoracle.reference.errors import InputError
@@ -116,13 +116,14 @@ class _Matcher(Matcher):
         self.objectness = predictions.objectness
         self.table = ClassTable(predictions.class_rows, self._class_terms, predictions.objectness)
         self.x, self.y, self.strides = grid.points()
+        self.sides = truths.box.mT.contiguous()
 
     def match(self, row: Tensor, anchor: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """From the geometry, ragged rows of anchors: ground truth of each anchor (B, A), and numbers of claims (T,)."""
         dynamic_k, best, filled = self.best()
         rows, places = (filled & (counts < dynamic_k)[:, None]).nonzero(as_tuple=True)
-        self.table.add(self.truths.image[torch.cat([row, rows])], torch.cat([anchor, best[rows, places]]))
-        geometry = Pairs(row, anchor, self.cost(row, anchor))
+        self.table.add(chosen(self.truths.image, torch.cat([row, rows])), torch.cat([anchor, best[rows, places]]))
+        geometry = Pairs(row, anchor, self._cost_inside(row, anchor))
 
         cheap = geometry.at((geometry.cost < self.penalty).nonzero()[:, 0]).counts(len(counts))
         short = cheap < dynamic_k
@@ -141,10 +142,14 @@ class _Matcher(Matcher):
         return intersection / torch.add(a.area, b.area, out=height).sub_(intersection)
 
     def cost(self, row: Tensor, anchor: Tensor) -> Tensor:
-        own, none = self.table.of(self.truths.image[row], anchor, self.truths.label[row])
-        others = (none + torch.log1p(-own).clamp(min=-100)).to(own.dtype)
-        cost = others - own.log().clamp(min=-100) + _iou_cost(self.iou(row, anchor))
+        cost = self._cost_inside(row, anchor)
         return cost.where(self._preferred(row, anchor), cost + self.penalty)
+
+    def _cost_inside(self, row: Tensor, anchor: Tensor) -> Tensor:
+        """Cost of pairs in the geometry; those outside cost the penalty more."""
+        own, none = self.table.of(chosen(self.truths.image, row), anchor, chosen(self.truths.label, row))
+        others = (none + torch.log1p(-own).clamp_(min=-100)).to(own.dtype)
+        return others.sub_(own.log().clamp_(min=-100)).add_(_iou_cost(self.iou(row, anchor)))
 
     def _class_terms(self, image: Tensor, anchor: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities, and cross entropies with 0."""
@@ -153,24 +158,26 @@ class _Matcher(Matcher):
 
     def _preferred(self, row: Tensor, anchor: Tensor) -> Tensor:
         """Which pairs are in the geometry."""
-        x, y, width, height = self.truths.box[row].unbind(-1)
-        strides = self.strides[anchor]
-        box_x, near_x = _spans(x, width, self.x[anchor], strides, self.flavour)
-        box_y, near_y = _spans(y, height, self.y[anchor], strides, self.flavour)
+        x, y, width, height = (chosen(side, row) for side in self.sides)
+        strides = chosen(self.strides, anchor)
+        box_x, near_x = _spans(x, width, chosen(self.x, anchor), strides, self.flavour)
+        box_y, near_y = _spans(y, height, chosen(self.y, anchor), strides, self.flavour)
         return near_x & near_y if self.flavour == "official" else box_x & near_x & box_y & near_y
 
     def _bound(self, rows: Tensor, seeds: Tensor, filled: Tensor, missing: Tensor) -> Tensor:
         """Cost that no pair outside the geometry may exceed to be claimed, (R, 1), from some such pairs (R, 10)."""
         row = rows[:, None].expand_as(seeds)
-        cost = self.cost(row, seeds).masked_fill(self._preferred(row, seeds) | ~filled, torch.inf)
+        cost = (self._cost_inside(row, seeds) + self.penalty).masked_fill_(
+            self._preferred(row, seeds) | ~filled, torch.inf
+        )
         return cost.sort(1).values.gather(1, missing[:, None] - 1)
 
     def _beyond(self, rows: Tensor, bound: Tensor, geometry: Pairs) -> Pairs:
         """Pairs of these ground truths that may be claimed: their geometry, and those within the bound."""
         row, anchor = self.within(rows, bound, lambda iou: _iou_cost(iou).add_(self.penalty))
         outside = (~self._preferred(row, anchor)).nonzero()[:, 0]
-        row, anchor = row[outside], anchor[outside]
-        self.table.add(self.truths.image[row], anchor)
+        row, anchor = chosen(row, outside), chosen(anchor, outside)
+        self.table.add(chosen(self.truths.image, row), anchor)
         inside = geometry.at(torch.isin(geometry.row, rows).nonzero()[:, 0])
-        both = Pairs.join(inside, Pairs(row, anchor, self.cost(row, anchor)))
+        both = Pairs.join(inside, Pairs(row, anchor, self._cost_inside(row, anchor) + self.penalty))
         return both.at((both.row * len(self.x) + both.anchor).argsort())

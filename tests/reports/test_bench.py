@@ -66,6 +66,12 @@ def test_right_ones_are_measured_and_counted() -> None:
     assert fast.floor_share > 0
 
 
+def test_chosen_scenes_are_named() -> None:
+    rows, (measured,) = run({"loop": loop.loss}, scenes="crowd")
+    assert rows[0].scene == "2x3, 84 anchors, 4 classes, crowd"
+    assert measured.workload == "2x3, 84 anchors, 4 classes, crowd (tutorial)"
+
+
 def test_counters_do_not_move_between_runs() -> None:
     names = ("operations", "host_syncs", "bytes_read", "bytes_written", "peak_live_bytes")
     first, second = (

@@ -27,6 +27,18 @@ def test_ssd_has_8732_priors_and_background() -> None:
     assert "crowd" in case.scene.tags
 
 
+@pytest.mark.parametrize(("gts", "scenes"), [(60, "realistic"), (3, "crowd")])
+def test_the_kind_of_scenes_can_be_chosen_whatever_the_number(gts: int, scenes: str) -> None:
+    case = workload_case(*find_operation("ssd.loss"), Workload(1, gts, 8732, 20), scenes=scenes)
+    assert ("crowd" in case.scene.tags) == (scenes == "crowd")
+    assert case.arguments["gt_valid"].shape == (1, gts)
+
+
+def test_unknown_scenes_are_refused() -> None:
+    with pytest.raises(InputError, match="one of realistic, crowd"):
+        workload_case(*find_operation("ssd.loss"), Workload(1, 3, 8732, 20), scenes="edge")
+
+
 def test_a_large_anchor_head_is_retinanets() -> None:
     case = workload_case(*find_operation("anchor_head.assign"), Workload(1, 3, 76_725, 80))
     assert case.arguments["anchors"].shape == (76_725, 4)
