@@ -20,6 +20,7 @@ from detoracle.properties.comparison import Expectation, expect
 from detoracle.properties.outputs import Outcome, perform
 from detoracle.properties.systems import System
 from detoracle.reference.contract import Operation, arguments_of, returns_of
+from detoracle.reference.errors import InputError
 from detoracle.reports.workloads import images_of
 
 __all__ = ["Agreement", "agreement"]
@@ -129,6 +130,11 @@ def agreement(system: System, operation: Operation, arguments: Mapping[str, Any]
     -------
     Agreement
 
+    Raises
+    ------
+    InputError
+        If the published system raises there.
+
     Examples
     --------
     >>> from detoracle.properties.systems import find_operation
@@ -153,6 +159,14 @@ def agreement(system: System, operation: Operation, arguments: Mapping[str, Any]
             positives += int((explanation.gt_index >= 0).sum())
     exact = perform(operation, operation.oracle, {name: _double(value) for name, value in arguments.items()})
     plain = perform(operation, operation.oracle, arguments)
+    if plain.problem:
+        raise InputError(
+            "the workload",
+            expected="one on which the published system has an answer",
+            got=f"one on which it {plain.message}",
+            where=operation.name,
+            fix="Choose another dtype or size.",
+        )
     return Agreement(operation, (), exact, plain, ambiguous, positives)
 
 

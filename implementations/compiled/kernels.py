@@ -11,13 +11,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-__all__ = ["Kernel", "Kind", "compiled_kernel"]
+__all__ = ["Kernel", "Kind", "compiled_kernel", "formula_of"]
 
 Kind = Literal["entropy", "focal", "power"]
 """Gamma: 0, 2, or what is given."""
@@ -27,6 +26,43 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # A usual size, for which loops are laid out; sides are unlike, so that none stands for another.
 _EXAMPLE = (6, 80, 1600)
 _MOST = 256  # kernels of all kinds, dtypes and numbers of threads; PyTorch refuses more than 8 unless told
+
+
+def formula_of(kind: Kind) -> Kernel:
+    """What a kernel computes, as PyTorch would by itself.
+
+    Parameters
+    ----------
+    kind : {'entropy', 'focal', 'power'}
+
+    Returns
+    -------
+    kernel : callable
+        Takes logits (K, C, N), weights (K, N), gamma (), what the gradient is scaled by (), and room for it, (K, C, N)
+        or None; all contiguous and of sides of at least 2. Returns the weighted sum () in float64.
+
+    Examples
+    --------
+    >>> one = torch.ones(())
+    >>> round(float(formula_of("entropy")(torch.zeros(2, 3, 4), torch.ones(2, 4), one, one, None)), 4)  # 24 times log 2
+    16.6355
+    """
+
+    def formula(logits: Tensor, weight: Tensor, gamma: Tensor, scale: Tensor, gradient: Tensor | None) -> Tensor:
+        probability, entropy = _factors(logits.to(weight.dtype))
+        if kind == "entropy":
+            entry, slope = entropy, probability
+        else:
+            # The product rule, where the slope of the entropy is p and that of the modulation gamma * (1 - p) times it.
+            exponent = 2 if kind == "focal" else gamma
+            modulation = probability**exponent
+            entry = modulation * entropy
+            slope = modulation * (probability + exponent * (1 - probability) * entropy)
+        if gradient is not None:
+            gradient.copy_(slope * (weight * scale)[:, None])
+        return (entry * weight[:, None]).sum(dtype=torch.float64)
+
+    return formula
 
 
 @cache
@@ -46,9 +82,7 @@ def compiled_kernel(kind: Kind, dtype: torch.dtype, threads: int, *, writes: boo
     Returns
     -------
     kernel : callable
-        Takes logits (K, C, N), weights (K, N), gamma (), what the gradient is scaled by (), and room for it, (K, C, N)
-        or None; all contiguous and of sides of at least 2. Returns the weighted sum () in float64. Where PyTorch's
-        dispatcher is watched, as by `detoracle.reports.counters`, it runs uncompiled.
+        As `formula_of` tells.
 
     Examples
     --------
@@ -59,20 +93,6 @@ def compiled_kernel(kind: Kind, dtype: torch.dtype, threads: int, *, writes: boo
     """
     import torch._dynamo  # the compiler, which takes a second to import
 
-    def formula(logits: Tensor, weight: Tensor, gamma: Tensor, scale: Tensor, gradient: Tensor | None) -> Tensor:
-        probability, entropy = _factors(logits.to(weight.dtype))
-        if kind == "entropy":
-            entry, slope = entropy, probability
-        else:
-            # The product rule, where the slope of the entropy is p and that of the modulation gamma * (1 - p) times it.
-            exponent = 2 if kind == "focal" else gamma
-            modulation = probability**exponent
-            entry = modulation * entropy
-            slope = modulation * (probability + exponent * (1 - probability) * entropy)
-        if gradient is not None:
-            gradient.copy_(slope * (weight * scale)[:, None])
-        return (entry * weight[:, None]).sum(dtype=torch.float64)
-
     wide = torch.promote_types(dtype, torch.float32)
     logits, weight = torch.zeros(_EXAMPLE, dtype=dtype), torch.zeros(_EXAMPLE[::2], dtype=wide)
     gradient, one = torch.zeros(_EXAMPLE, dtype=wide) if writes else None, torch.ones((), dtype=wide)
@@ -80,17 +100,11 @@ def compiled_kernel(kind: Kind, dtype: torch.dtype, threads: int, *, writes: boo
         if tensor is not None:
             torch._dynamo.mark_dynamic(tensor, tuple(range(tensor.ndim)))
     limit = torch._dynamo.config.patch(recompile_limit=_MOST)
-    # Under a mode that watches the dispatcher nothing would be compiled.
-    with torch.no_grad(), limit, _disable_current_modes(), warnings.catch_warnings():
+    with torch.no_grad(), limit, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's compiler calls what PyTorch deprecates
-        compiled: Any = torch.compile(formula, dynamic=True)
+        compiled: Kernel = torch.compile(formula_of(kind), dynamic=True)
         compiled(logits, weight, one, one, gradient)
-
-    def kernel(*given: Any) -> Any:
-        # A compiler that meets such a mode gives the function up for good.
-        return (compiled if _get_current_dispatch_mode() is None else formula)(*given)
-
-    return kernel
+    return compiled
 
 
 def _factors(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from detoracle.implementations.batched import yolox as batched
 from detoracle.implementations.loop import yolox as loop
 from detoracle.properties.outputs import perform
 from detoracle.properties.systems import find_operation
+from detoracle.reference.errors import InputError
 from detoracle.reports.agreement import agreement
 from detoracle.reports.bench import Bench, copy_speed, growth, measure
 from detoracle.reports.record import Measurement, Row
@@ -70,6 +71,12 @@ def test_chosen_scenes_are_named() -> None:
     rows, (measured,) = run({"loop": loop.loss}, scenes="crowd")
     assert rows[0].scene == "2x3, 84 anchors, 4 classes, crowd"
     assert measured.workload == "2x3, 84 anchors, 4 classes, crowd (tutorial)"
+
+
+def test_a_workload_without_an_answer_is_refused() -> None:
+    large = Workload(1, 20, 2100, 4)  # in bfloat16 the last bin's limit rounds up to a bin that does not exist
+    with pytest.raises(InputError, match=r"on which the published system has an answer.*dfl-target-out-of-range"):
+        measure(*find_operation("yolov8.loss"), {}, large, Bench(dtype=torch.bfloat16), baseline="", bytes_a_second=1e9)
 
 
 def test_counters_do_not_move_between_runs() -> None:
