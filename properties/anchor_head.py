@@ -15,6 +15,7 @@ from detoracle.reference import (
     anchor_head,
     anchor_head_box_terms,
     anchor_head_boxes,
+    anchor_head_coder,
     anchor_head_loss,
     anchor_head_ssd,
     anchor_head_terms,
@@ -95,7 +96,7 @@ def native(scene: Scene) -> dict[str, Any]:
     counts = [h * w * 3 * scales for h, w in sizes]
     strides = torch.cat([anchors.new_full((n,), s) for n, s in zip(counts, scene.strides, strict=True)])
     predicted = predict(scene, (anchors[:, :2] + anchors[:, 2:]) / 2, strides)
-    deltas = torch.stack([anchor_head_boxes.encode(anchors, image) for image in predicted.boxes])
+    deltas = torch.stack([anchor_head_coder.encode(anchors, image) for image in predicted.boxes])
     shapes = torch.tensor([[height, width]] * len(gt_boxes))
     return {
         "cls_scores": _maps(predicted.class_logits, sizes, 3 * scales),
@@ -305,7 +306,7 @@ def _terms(operation: str, given: dict[str, Any], made: Any, num_classes: int) -
         predicted = _flat(given["bbox_preds"], 4).flatten(0, 1)
         if term == "giou_loss":
             anchors = given["anchors"].repeat(len(given["gt_valid"]), 1)
-            predicted = anchor_head_boxes.decode(anchors, predicted)
+            predicted = anchor_head_coder.decode(anchors, predicted)
             box_targets = anchors + 4
         rows = {"predicted": predicted, "target": box_targets, "weight": box_weights}
     for name, settings in reductions:
@@ -346,6 +347,7 @@ SYSTEM = System(
     name="anchor_head",
     operations=(
         *operations_in(anchor_head_boxes),
+        *operations_in(anchor_head_coder),
         *operations_in(anchor_head),
         *operations_in(anchor_head_terms),
         *operations_in(anchor_head_box_terms),

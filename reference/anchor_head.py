@@ -6,7 +6,7 @@ best IoU is large takes that ground truth, and in between it is left out of trai
 anchors that overlap it *most*, whatever they were. A sampler may thin out positives and background.
 
 Stages, in the order data flows: `anchors` or `ssd_anchors`, `valid_flags`, `inside_flags` (in `anchor_head_boxes`),
-`assign`, `sample`, `targets` (which encodes boxes), and the losses. Boxes are xyxy in pixels.
+`assign`, `sample`, `targets` (which encodes boxes by `anchor_head_coder`), and the losses. Boxes are xyxy in pixels.
 
 Quirks: "most" is tested by float equality, so that anchors that tie are all taken and those 1e-7 apart are not; with a
 least overlap of 0, a ground truth that overlaps nothing claims every anchor that overlaps it by 0; a later ground truth
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detoracle.reference.anchor_head_boxes import SOURCE, encode
+from detoracle.reference.anchor_head_boxes import SOURCE
+from detoracle.reference.anchor_head_coder import encode
 from detoracle.reference.assignment import BACKGROUND, IGNORED, Assignment
 from detoracle.reference.boxes import overlaps_mmdet
 from detoracle.reference.contract import operation, unchecked

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from detoracle.reference.anchor_head import assign, sample, targets
 from detoracle.reference.anchor_head_box_terms import giou_loss, l1_loss, smooth_l1_loss
-from detoracle.reference.anchor_head_boxes import SOURCE, decode, inside_flags, valid_flags
+from detoracle.reference.anchor_head_boxes import SOURCE, inside_flags, valid_flags
+from detoracle.reference.anchor_head_coder import decode
 from detoracle.reference.anchor_head_terms import cross_entropy, sigmoid_cross_entropy, sigmoid_focal_loss
 from detoracle.reference.contract import operation, unchecked
 from detoracle.reference.errors import InputError, UpstreamRaises

@@ -192,7 +192,7 @@ def dfl_loss(box_logits: Tensor, distances: Tensor) -> Tensor:
         raise UpstreamRaises(
             "yolov8.dfl-target-out-of-range",
             expected=f"targets from 0 to less than {bins - 1}",
-            got=f"left bins {outside.unique().tolist()}",
+            got=f"left bins {sorted(set(outside.tolist()))}",
             where="yolov8.dfl_loss",
         )
     log_probability = torch.log_softmax(box_logits.reshape(-1, 4, bins), dim=-1)

@@ -11,7 +11,13 @@ from torch import Tensor
 from detoracle.properties.golden.anchor_head_configs import anchors_from, assigning, coding, sampling, term_settings
 from detoracle.properties.golden.checks import StageCheck, discrete, gradient, raised, within
 from detoracle.properties.golden.vectors import Recorded
-from detoracle.reference import anchor_head, anchor_head_box_terms, anchor_head_boxes, anchor_head_terms
+from detoracle.reference import (
+    anchor_head,
+    anchor_head_box_terms,
+    anchor_head_boxes,
+    anchor_head_coder,
+    anchor_head_terms,
+)
 from detoracle.reference.anchor_head import Thresholds
 from detoracle.reference.assignment import BACKGROUND, IGNORED
 from detoracle.reference.contract import unchecked
@@ -148,7 +154,7 @@ def _coder(scene: Recorded) -> Iterator[StageCheck]:
     coder, anchors = cfg.get("coder", {}), scene.tensor("in/anchors")
     if scene.has("out/encode"):
         pair = _exact(anchors), _exact(scene.tensor("in/gt"))
-        encoded: Any = unchecked(anchor_head_boxes.encode)(*pair, **coding(coder))
+        encoded: Any = unchecked(anchor_head_coder.encode)(*pair, **coding(coder))
         yield within("encode", scene.tensor("out/encode"), encoded)
     settings = coding(coder)
     if coder.get("clip_border", True) and "max_shape" in cfg:
@@ -158,11 +164,11 @@ def _coder(scene: Recorded) -> Iterator[StageCheck]:
     if coder.get("add_ctr_clamp"):
         settings["center_clamp"] = coder["ctr_clamp"]
     deltas = scene.tensor("in/deltas")
-    decoded: Any = unchecked(anchor_head_boxes.decode)(_exact(anchors), _exact(deltas), **settings)
+    decoded: Any = unchecked(anchor_head_coder.decode)(_exact(anchors), _exact(deltas), **settings)
     yield within("decode", scene.tensor("out/decode"), decoded)
     if scene.has("out/decode_grad"):
         plain, fine = (
-            _gradient(deltas.to(dtype), lambda d: anchor_head_boxes.decode(anchors.to(d), d, **settings), scene)
+            _gradient(deltas.to(dtype), lambda d: anchor_head_coder.decode(anchors.to(d), d, **settings), scene)
             for dtype in (deltas.dtype, torch.float64)
         )
         yield gradient("decode_grad", scene.tensor("out/decode_grad"), fine, plain, row=-1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from detoracle.reference import anchor_head_boxes
+from detoracle.reference import anchor_head_boxes, anchor_head_coder
 from detoracle.reference.boxes import overlaps_mmdet
 from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.quirks.quirk import Quirk
@@ -82,7 +82,7 @@ BOX_QUIRKS: tuple[Quirk, ...] = (
         "Drop boxes without area before training.",
         ("N3",),
         _line,
-        lambda: anchor_head_boxes.encode(**_line()).tolist()[0][2] == -torch.inf,
+        lambda: anchor_head_coder.encode(**_line()).tolist()[0][2] == -torch.inf,
     ),
     Quirk(
         "anchor_head.degenerate-anchor-targets",
@@ -92,7 +92,7 @@ BOX_QUIRKS: tuple[Quirk, ...] = (
         "Refuse anchors without area.",
         (),
         _line_anchor,
-        lambda: bool(anchor_head_boxes.encode(**_line_anchor()).isfinite().tolist() == [[False, True, False, True]]),
+        lambda: bool(anchor_head_coder.encode(**_line_anchor()).isfinite().tolist() == [[False, True, False, True]]),
     ),
     Quirk(
         "anchor_head.decoded-sides-limited",
@@ -103,7 +103,7 @@ BOX_QUIRKS: tuple[Quirk, ...] = (
         (),
         _far_delta,
         lambda: (
-            [round(v, 3) for v in anchor_head_boxes.decode(**_far_delta()).tolist()[0]] == [-246.0, 3.936, 254.0, 4.064]
+            [round(v, 3) for v in anchor_head_coder.decode(**_far_delta()).tolist()[0]] == [-246.0, 3.936, 254.0, 4.064]
         ),
     ),
     Quirk(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detoracle.reference.anchor_head import assign, sample, targets
-from detoracle.reference.anchor_head_boxes import encode
+from detoracle.reference.anchor_head_coder import encode
 from detoracle.reference.boxes import overlaps_mmdet
 from detoracle.reference.errors import InputError, UpstreamRaises
 

@@ -15,7 +15,7 @@ from detoracle.properties.bounds import outside
 from detoracle.reference import anchor_head_box_terms, anchor_head_terms
 from detoracle.reference.anchor_head import assign, sample, targets
 from detoracle.reference.anchor_head_boxes import anchors as make_anchors
-from detoracle.reference.anchor_head_boxes import decode
+from detoracle.reference.anchor_head_coder import decode
 from detoracle.reference.anchor_head_loss import Options, loss
 from detoracle.reference.anchor_head_ssd import ssd_loss
 from detoracle.reference.errors import InputError, UpstreamRaises
