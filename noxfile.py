@@ -68,7 +68,7 @@ def docs_examples(session: nox.Session) -> None:
 @nox.session
 def browser(session: nox.Session) -> None:
     """The pages in headless Chromium, if it is installed; screenshots lie in build/screenshots."""
-    _install(session, "-e", ".[test,browser]")
+    _install(session, "-e", ".[test]")
     shown = {"DETORACLE_SCREENSHOTS": str(ROOT / "build" / "screenshots")}
     session.run("pytest", "tests/browser", *session.posargs, env=shown)
 

@@ -6,7 +6,6 @@ Screenshots lie in the folder that the environment variable ``DETORACLE_SCREENSH
 from __future__ import annotations
 
 import base64
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.keys import Keys
 
 from detoracle.properties.checking import cases
 from detoracle.properties.edge_cases import edge_cases
@@ -32,10 +34,9 @@ from detoracle.reports.stages import story_of
 from detoracle.reports.writing import read_report, write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="chromium and chromedriver are not installed"),
-    pytest.mark.skipif(importlib.util.find_spec("selenium") is None, reason="selenium is not installed"),
-]
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None, reason="chromium and chromedriver are not installed"
+)
 
 FLAGS = (
     "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
@@ -113,9 +114,6 @@ def _extended(report: Report) -> Report:
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A Chromium that writes down what it asks the network for."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     profile = tmp_path_factory.mktemp("profile")
@@ -307,8 +305,6 @@ def test_the_story_goes_on_and_back_and_another_ground_truth_can_be_chosen(
 
 
 def test_the_keyboard_reaches_filters_headings_and_pictures(browser: Any, pages: dict[str, Path]) -> None:
-    from selenium.webdriver.common.keys import Keys
-
     run = _opened(browser, pages["report"])
     reached = []
     for _ in range(40):
