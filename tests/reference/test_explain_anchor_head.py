@@ -123,6 +123,16 @@ def test_whole_numbers_tie_in_every_right_way() -> None:
             assert not explanation.wrong(assign_by(overlap, given)).any()
 
 
+def test_a_right_assignment_of_anchors_that_may_tie_is_the_nearest_to_itself() -> None:
+    # One size, and one ground truth inside them all: they overlap it alike but for rounding, more than can be listed.
+    given = one_image([[3.0, 3, 9, 9]], [[0.1 * number, 0.0, 0.1 * number + 16, 16.0] for number in range(12)])
+    explanation = explain_assign(**given)
+    right = [assign_by(overlap, given) for overlap in (overlaps_mmdet, in_other_order, in_double, by_reciprocal)]
+    for taken in (torch.zeros(1, 12, dtype=torch.int64), *right):
+        assert not explanation.wrong(taken).any()
+        assert torch.equal(explanation.nearest(taken, torch.ones(1, 12, dtype=torch.float64)), taken)
+
+
 @pytest.mark.parametrize("rules", [RETINA, RPN, SSD], ids=["retina", "rpn", "ssd"])
 def test_the_float64_oracle_is_the_first_outcome(rules: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(3)
