@@ -51,6 +51,32 @@ HEADS: dict[str, dict[str, Any]] = {
         "pos_weight": 2.0,
     },
     "giou": {"class_loss": "focal", "box_loss": "giou", "reg_decoded_bbox": True, "box_loss_weight": 2.0},
+    "other focal": {
+        "class_loss": "focal",
+        "box_loss": "giou",
+        "reg_decoded_bbox": True,
+        "class_loss_weight": 2.0,
+        "gamma": 1.5,
+        "alpha": 0.6,
+        "eps": 300.0,
+        "match_low_quality": False,
+        "pos_iou_thr": 0.35,
+        "neg_iou_thr": (0.1, 0.25),
+        "ignore_iof_thr": 0.5,
+        "ignore_wrt_candidates": False,
+    },
+    "other softmax": {
+        "class_loss": "cross_entropy",
+        "box_loss": "l1",
+        "sampler": "random",
+        "seed": 5,
+        "num": 24,
+        "pos_fraction": 0.25,
+        "neg_pos_ub": 2.0,
+        "ignore_index": 0,
+        "means": (0.0, 0.1, -0.1, 0.2),
+        "ignore_iof_thr": 0.5,
+    },
 }
 """Settings of `anchor_head.loss` for the heads that are compared."""
 
@@ -139,6 +165,11 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         plain = _head("ssd-like", given)
         yield "3:1", {**plain, "neg_pos_ratio": 3}
         yield "1:1", {**plain, "neg_pos_ratio": 1, "pad_shapes": _smaller(given["pad_shapes"]), "beta": 1 / 9}
+        by_threshold = {"match_low_quality": False, "pos_iou_thr": 0.35, "neg_iou_thr": 0.25, "allowed_border": 8}
+        yield "thresholds alone", {**plain, **by_threshold, "pos_weight": 2.0, "reg_decoded_bbox": True}
+        claims = {"min_pos_iou": 0.25, "gt_max_assign_all": True, "means": _MEANS, "stds": (0.2, 0.2, 0.1, 0.1)}
+        regions = {**_regions(given), "ignore_iof_thr": 0.3, "ignore_wrt_candidates": False}
+        yield "ignored regions", {**plain, **claims, **regions}
     elif operation == "anchor_head.inside_flags":
         valid = _inside(given)
         valid[:, ::7] = False
@@ -176,7 +207,7 @@ def _head(name: str, given: dict[str, Any]) -> dict[str, Any]:
         by_anchor = level.unflatten(1, (per_cell, -1))
         if name == "rpn":
             by_anchor = by_anchor[:, :, :1]
-        elif name == "ssd-like":
+        elif name in ("ssd-like", "other softmax"):
             by_anchor = torch.cat([by_anchor, torch.zeros_like(by_anchor[:, :, :1])], dim=2)
         scores.append(by_anchor.flatten(1, 2).contiguous())
     arguments["cls_scores"] = scores
@@ -186,7 +217,16 @@ def _head(name: str, given: dict[str, Any]) -> dict[str, Any]:
     elif name == "giou":
         arguments["pad_shapes"] = _smaller(given["pad_shapes"])
         arguments["sampler"] = "random"  # which the focal loss ignores
+    elif name.startswith("other"):
+        arguments |= _regions(given)
+        if name == "other softmax":
+            arguments["class_weight"] = [1 + label / 4 for label in range(scores[0].shape[1] // per_cell)]
     return arguments
+
+
+def _regions(given: dict[str, Any]) -> dict[str, Any]:
+    """Regions to ignore, beside the ground truths."""
+    return {"ignore_boxes": given["gt_boxes"] + 8, "ignore_valid": given["gt_valid"]}
 
 
 def _generators(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -203,7 +243,9 @@ def _generators(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, di
     elif operation == "anchor_head.ssd_anchors":
         small = [10.0 + 12 * level for level in range(levels)]
         ratios = [(2.0, 3.0) if level % 2 else (2.0,) for level in range(levels)]
-        yield "", {**oblong, "ratios": ratios, "min_sizes": small, "max_sizes": [s + 12 for s in small], "like": like}
+        shapes = {"ratios": ratios, "min_sizes": small, "max_sizes": [s + 12 for s in small], "like": like}
+        yield "", {**oblong, **shapes}
+        yield "scale-major", {**grid, **shapes, "scale_major": True}
     else:
         base = [level.shape[1] // 4 for level in given["bbox_preds"]]
         yield "whole", {**grid, "pad_shapes": given["pad_shapes"], "base_anchors": base}
@@ -249,10 +291,11 @@ def _assigned(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dict
         for name in ("retina", "rpn", "ssd-like"):
             inside = _taking_part(given, HEADS[name].get("allowed_border", -1))
             yield name, {**arguments, "inside": inside, **{k: v for k, v in HEADS[name].items() if k in _ASSIGNER}}
-        regions = {"ignore_boxes": given["gt_boxes"] + 8, "ignore_valid": given["gt_valid"]}
+        regions = _regions(given)
         last = {name: given[name].flip(1) for name in ("gt_boxes", "gt_valid")}  # with padding before what is real
         by_anchor = {"ignore_iof_thr": 0.5, "neg_iou_thr": (0.1, 0.25)}
         yield "ignored regions", {**arguments, **last, **regions, **by_anchor}
+        yield "all may be claimed", {**arguments, **last, **regions, "ignore_iof_thr": 0.1, "min_pos_iou": -1.0}
         by_region = {"ignore_iof_thr": 0.3, "ignore_wrt_candidates": False, "pos_iou_thr": 0.25, "neg_iou_thr": 0.125}
         yield "shares of ignored regions", {**arguments, **regions, **by_region, "match_low_quality": False}
         return

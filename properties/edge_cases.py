@@ -273,6 +273,12 @@ def _exact() -> Iterator[Scene]:
         tags="on-edge",
     )
     yield _scene(
+        "half-an-anchor",
+        "Half of an SSD prior, which it overlaps by exactly 0.5: at the threshold.",
+        [(13, 13, 35, 24, 1)],
+        tags="on-edge",
+    )
+    yield _scene(
         "symmetric", "A box about a cell corner: four anchors are equally near.", [(16, 16, 48, 48, 2)], tags="on-edge"
     )
     equal = Predictor("equal")
@@ -389,6 +395,15 @@ def _predictions() -> Iterator[Scene]:
             tags="extreme-boxes conflict",
             predictor=Predictor("extreme-boxes", magnitude=magnitude),
         )
+    yield _scene(
+        "ten-anchors",
+        "All anchors are inside, as many as it may claim, and its class has no chance at some.",
+        [(-1, -1, 81, 9, 1)],
+        tags="extreme-logits",
+        size=(8, 80),
+        strides=(8,),
+        predictor=Predictor("overconfident", magnitude=200),
+    )
     for style, what in _NON_FINITE.items():
         yield _scene(style, f"{what}, at the first centre.", boxes, tags="non-finite", predictor=Predictor(style))
     yield _scene(
@@ -408,3 +423,9 @@ def _labels() -> Iterator[Scene]:
     }
     for name, (label, note) in bad.items():
         yield _scene(f"label-{name}", note, [_TRIPLE[0], (*_TRIPLE[1][:4], label)])
+    yield _scene(
+        "two-hundred-classes",
+        "Class indices beyond 127, which a byte with a sign turns negative.",
+        [(*_TRIPLE[0][:4], 150), (*_TRIPLE[1][:4], 94), (*_PLAIN[:4], 199)],
+        num_classes=200,
+    )

@@ -185,7 +185,7 @@ def _encoding(points: Tensor, ground_truths: dict[str, Any]) -> Iterator[tuple[s
         if len(targets):
             paired = targets[torch.arange(len(points), device=points.device) % len(targets)]
             yield f"image {image}", {"points": points, "boxes": paired}
-            yield f"image {image}, at most 16", {"points": points, "boxes": paired, "max_distance": 16.0}
+            yield f"image {image}, at most 16", {"points": points, "boxes": paired, "max_distance": 16.0, "eps": 0.5}
 
 
 def _losses(

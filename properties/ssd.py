@@ -90,6 +90,7 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         yield "threshold 0.5", {"priors": priors, **ground_truths, "threshold": 0.5}
         other = {"threshold": 0.35, "variances": _OTHER_VARIANCES}
         yield "threshold 0.35, other variances, padding first", {"priors": priors, **_backwards(ground_truths), **other}
+        yield "background labels", {"priors": priors, **ground_truths, "gt_labels": _some_background(given["gt_labels"])}
     elif operation == "ssd.loss":
         rest = {"loc": loc, "priors": priors, **ground_truths}
         yield "threshold 0.5, 3:1", {**rest, "conf": conf, "threshold": 0.5, "neg_pos": 3}
@@ -97,7 +98,7 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         yield "threshold 0.35, 1:1, other variances", {**rest, "conf": conf, **other}
         yield "logits far apart", {**rest, "conf": _far_apart(conf)}
         yield "all negatives", {**rest, "conf": conf, "neg_pos": len(priors)}
-        yield "background labels", {**rest, "conf": conf, "gt_labels": torch.full_like(given["gt_labels"], -1)}
+        yield "background labels", {**rest, "conf": conf, "gt_labels": _some_background(given["gt_labels"])}
     else:
         try:
             matched = ssd.match(priors, **ground_truths).gt_index
@@ -107,9 +108,14 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         for neg_pos in (3, 1, len(priors)):
             yield f"{neg_pos}:1", {**rest, "conf": conf, "neg_pos": neg_pos}
         yield "logits far apart", {**rest, "conf": _far_apart(conf)}
-        labels = given["gt_labels"].clone()
-        labels[:, ::2] = -1
-        yield "background labels", {**rest, "conf": conf, "gt_labels": labels}
+        yield "background labels", {**rest, "conf": conf, "gt_labels": _some_background(given["gt_labels"])}
+
+
+def _some_background(labels: Tensor) -> Tensor:
+    """Labels of which every other one is that of the background, the first with it."""
+    labels = labels.clone()
+    labels[:, ::2] = -1
+    return labels
 
 
 def _far_apart(conf: Tensor) -> Tensor:

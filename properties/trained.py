@@ -99,8 +99,10 @@ class _Trials:
     def of(
         cls, found: Tensor, options: Tensor, seen: Sequence[Tensor], loss_given: Callable[[Tensor], Outcome]
     ) -> _Trials:
-        """Try one option of all anchors after the other."""
+        """Try one option of all anchors after the other, positives apart: without any, no row may say anything."""
         fixed = (options == found).all(0)
+        apart = [torch.where(mask, option, found) for option in options for mask in (found >= 0, found < 0)]
+        options = torch.stack([found, *(option for option in apart if not torch.equal(option, found))])[1:]
         trials = [_rows(loss_given(trial).gradients, found) for trial in (found, *options)]
         distance = torch.stack([_distance(seen, rows, fixed) for rows in trials])
         distance[1:].masked_fill_(options == found, math.inf)

@@ -161,6 +161,8 @@ def _overlaps(image: int, predicted: Tensor, targets: Tensor) -> Iterator[tuple[
     for mode in ("iou", "ciou"):
         pair = {"boxes_a": predicted, "boxes_b": targets}
         yield f"image {image}, {mode} with a larger epsilon", {**pair, "mode": mode, "eps": 2.0**-10}
+    inverted = {name: box[:, [2, 3, 0, 1]] for name, box in pair.items()}
+    yield f"image {image}, giou of inverted boxes", {**inverted, "mode": "giou"}
 
 
 def _backwards(ground_truths: dict[str, Any]) -> dict[str, Any]:

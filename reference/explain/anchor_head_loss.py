@@ -195,7 +195,8 @@ def explain_ssd_loss(
         def negatives(matched: Tensor, batch: Batch = batch) -> World:
             rows = anchor_head_ssd._SsdRows.of(matched[None], batch, options)
             [(cost, background, number)] = rows.candidates(neg_pos_ratio)
-            return _mined(matched, cost, background, int(number))  # type: ignore[arg-type]
+            trained = background & (matched != IGNORED)  # the others weigh nothing: mined or not, they cost 0
+            return _mined(matched, cost, trained, min(int(number), int(trained.sum())))  # type: ignore[arg-type]
 
         images.append(tuple(MinedWorld.of(world, negatives) for world in worlds))
     return Explanation(tuple(images), matching.quality)
