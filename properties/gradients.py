@@ -3,22 +3,25 @@
 The bound is measured, not guessed: by the error that the plain oracle makes in the dtype under test, and by how much
 the float64 gradient moves when every input, and the result of every operation, moves by one rounding. Both are taken
 at their largest over an anchor's channels. A random move may by luck have little effect, so a gradient that is out of
-bounds is judged by more of them.
+bounds is judged by more of them. At a kink the derivatives of both sides are right, and where the output is NaN, so is
+a gradient of NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from detoracle.properties.bounds import gradient_bound, outside
+from detoracle.properties.kinks import OtherSide
 from detoracle.properties.outputs import perform
 from detoracle.properties.shaken import Shaken
-from detoracle.reference.contract import Operation
+from detoracle.reference.contract import Operation, returns_of
 
 __all__ = ["RightGradient", "in_float64", "right_gradients", "tensors_of"]
 
@@ -39,16 +42,25 @@ class RightGradient:
         False where the plain oracle overflows or is NaN: a finite gradient is no worse there.
     more : iterator of Tensor float64
         Bounds by more moves.
+    may_be_nan : Tensor bool
+        True where what is differentiated is NaN.
+    kinks : callable
+        Bound that admits the derivatives of both sides of every kink.
     """
 
     exact: Tensor
     bound: Tensor
     judged: Tensor
     more: Iterator[Tensor] = field(default_factory=lambda: iter(()))
+    may_be_nan: Tensor = field(default_factory=lambda: torch.tensor(False))
+    kinks: Callable[[], Tensor] = lambda: torch.zeros(())
 
     def wrong(self, given: Tensor) -> Tensor:
         """Elements of a gradient of the same shape that are out of bounds."""
         wrong = self._outside(given, self.bound)
+        if bool(wrong.any()):
+            self.bound = torch.maximum(self.bound, self.kinks())
+            wrong = self._outside(given, self.bound)
         while bool(wrong.any()) and not self._clearly_wrong(given):
             wider = next(self.more, None)
             if wider is None:
@@ -63,7 +75,7 @@ class RightGradient:
         return bool(self._outside(given, torch.maximum(_CLEARLY_WRONG * self.bound, largest)).any())
 
     def _outside(self, given: Tensor, bound: Tensor) -> Tensor:
-        return outside(given, self.exact, bound) & self.judged
+        return outside(given, self.exact, bound) & self.judged & ~(given.isnan() & self.may_be_nan)
 
 
 def right_gradients(
@@ -98,7 +110,7 @@ def right_gradients(
     if not operation.gradients:
         return {}
     double = in_float64(arguments)
-    plain, exact = (perform(operation, call, given).gradients for given in (arguments, double))
+    plain, exact = (perform(operation, call, given) for given in (arguments, double))
     moves: list[Mapping[str, Tensor | None]] = []
 
     def move(number: int) -> Mapping[str, Tensor | None]:
@@ -109,17 +121,41 @@ def right_gradients(
                 moves.append(perform(operation, call, moved).gradients)
         return moves[number]
 
+    @cache
+    def other_sides() -> tuple[Mapping[str, Tensor | None], ...]:
+        """Gradients to all inputs by the derivatives of either side of every kink."""
+        sides = []
+        for first in (True, False):
+            with OtherSide(first=first):
+                sides.append(perform(operation, call, double).gradients)
+        return tuple(sides)
+
+    def kinks(name: str, gradient: Tensor) -> Tensor:
+        sides = (side.get(name) for side in other_sides())
+        bounds = [gradient_bound(gradient, side, row=_row(gradient), dtype=dtype) for side in sides if side is not None]
+        return torch.stack([torch.zeros_like(gradient), *(bound.expand_as(gradient) for bound in bounds)]).amax(0)
+
+    undefined = exact.outputs[returns_of(operation.oracle)[0].name].isnan() if exact.outputs else None
     found = {}
-    for name, gradient in exact.items():
-        coarse = plain.get(name)
-        if gradient is None or coarse is None:
+    for name, gradient in exact.gradients.items():
+        coarse = plain.gradients.get(name)
+        if gradient is None or coarse is None or undefined is None:
             continue
         bounds = _moved_bounds(name, gradient, move, dtype)
         bound = gradient_bound(gradient, coarse, row=_row(gradient)).expand_as(gradient)
         for _ in range(_DRAWS):
             bound = torch.maximum(bound, next(bounds))
-        found[name] = RightGradient(gradient, bound, coarse.isfinite(), bounds)
+        nan = _undefined(undefined, gradient)
+        found[name] = RightGradient(gradient, bound, coarse.isfinite(), bounds, nan, partial(kinks, name, gradient))
     return found
+
+
+def _undefined(output: Tensor, gradient: Tensor) -> Tensor:
+    """Elements of a gradient that some NaN of the output, given as a mask, depends on: its row where both have rows."""
+    if output.ndim and len(output) == len(gradient):
+        rows = output.flatten(1).any(1) if output.ndim > 1 else output
+        return rows.view(-1, *[1] * (gradient.ndim - 1)).expand_as(gradient)
+    return output.any().expand_as(gradient)
 
 
 def _moved_bounds(
@@ -128,7 +164,10 @@ def _moved_bounds(
     """Bounds on a gradient by what it becomes when all numbers move."""
     for number in range(_MOST_DRAWS):
         nearby = move(number).get(name)
-        yield gradient_bound(exact, exact if nearby is None else nearby, row=_row(exact), dtype=dtype).expand_as(exact)
+        bound = gradient_bound(exact, exact if nearby is None else nearby, row=_row(exact), dtype=dtype).expand_as(
+            exact
+        )
+        yield 2 * bound if dtype == torch.float64 else bound  # there the exact one errs as much as the one to judge
 
 
 def _row(gradient: Tensor) -> int:

@@ -90,7 +90,10 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
         yield "threshold 0.5", {"priors": priors, **ground_truths, "threshold": 0.5}
         other = {"threshold": 0.35, "variances": _OTHER_VARIANCES}
         yield "threshold 0.35, other variances, padding first", {"priors": priors, **_backwards(ground_truths), **other}
-        yield "background labels", {"priors": priors, **ground_truths, "gt_labels": _some_background(given["gt_labels"])}
+        yield (
+            "background labels",
+            {"priors": priors, **ground_truths, "gt_labels": _some_background(given["gt_labels"])},
+        )
     elif operation == "ssd.loss":
         rest = {"loc": loc, "priors": priors, **ground_truths}
         yield "threshold 0.5, 3:1", {**rest, "conf": conf, "threshold": 0.5, "neg_pos": 3}

@@ -99,3 +99,23 @@ def test_what_cannot_be_told_is_not_called_wrong() -> None:
     expectation = expect(system, operation, case.arguments)
     verdict = expectation.judge(perform(operation, operation.oracle, case.arguments))
     assert (verdict.status, verdict.note.partition(":")[0]) == ("undefined", "not judged")
+
+
+@pytest.mark.parametrize("setting", ["threshold 0.5, 3:1", "threshold 0.35, 1:1, other variances", "logits far apart"])
+def test_where_all_negatives_tie_the_last_are_as_right_as_the_first(setting: str) -> None:
+    system, operation = find_operation("ssd.loss")
+    [case] = [case for case in cases(system, operation, SCENES["equal-one"]) if case.setting == setting]
+
+    def backwards(*, loc: Tensor, conf: Tensor, priors: Tensor, **rest: Any) -> Any:
+        return operation.oracle(loc=loc.flip(1), conf=conf.flip(1), priors=priors.flip(0), **rest)
+
+    outcome = perform(operation, backwards, case.arguments)
+    assert expect(system, operation, case.arguments).judge(outcome).status == "ambiguous"
+
+
+def test_what_is_mined_though_it_weighs_nothing_costs_nothing() -> None:
+    """With few negatives the published loss mines anchors between the thresholds too, which weigh 0."""
+    system, operation = find_operation("anchor_head.ssd_loss")
+    [case] = [c for c in cases(system, operation, SCENES["empty-one"]) if c.setting == "thresholds alone"]
+    outcome = perform(operation, operation.oracle, case.arguments)
+    assert expect(system, operation, case.arguments).judge(outcome).status == "equal"
