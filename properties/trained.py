@@ -99,10 +99,11 @@ class _Trials:
     def of(
         cls, found: Tensor, options: Tensor, seen: Sequence[Tensor], loss_given: Callable[[Tensor], Outcome]
     ) -> _Trials:
-        """Try one option of all anchors after the other, positives apart: without any, no row may say anything."""
+        """Try one option of all anchors after the other, and of positives or others alone: without any, no row tells."""
         fixed = (options == found).all(0)
         apart = [torch.where(mask, option, found) for option in options for mask in (found >= 0, found < 0)]
-        options = torch.stack([found, *(option for option in apart if not torch.equal(option, found))])[1:]
+        tried = [*options, *(option for option in apart if not any(torch.equal(option, o) for o in (found, *options)))]
+        options = torch.stack([found, *tried])[1:]
         trials = [_rows(loss_given(trial).gradients, found) for trial in (found, *options)]
         distance = torch.stack([_distance(seen, rows, fixed) for rows in trials])
         distance[1:].masked_fill_(options == found, math.inf)
@@ -134,7 +135,7 @@ class _Trials:
         """Image, anchor and other outcomes of the anchors whose gradient leaves a choice."""
         near = self._near(given)
         anchors = (near[0] & near[1:].any(0)).nonzero().tolist()
-        return [(b, a, self.options[:, b, a][near[1:, b, a]].tolist()) for b, a in anchors]
+        return [(b, a, sorted(set(self.options[:, b, a][near[1:, b, a]].tolist()))) for b, a in anchors]
 
 
 def _rows(gradients: Mapping[str, Tensor | None], like: Tensor) -> list[Tensor] | None:
