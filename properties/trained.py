@@ -99,7 +99,7 @@ class _Trials:
     def of(
         cls, found: Tensor, options: Tensor, seen: Sequence[Tensor], loss_given: Callable[[Tensor], Outcome]
     ) -> _Trials:
-        """Try one option of all anchors after the other, and of positives or others alone: without any, no row tells."""
+        """Try one option of all anchors after the other, and of positives or others alone: with none, no row tells."""
         fixed = (options == found).all(0)
         apart = [torch.where(mask, option, found) for option in options for mask in (found >= 0, found < 0)]
         tried = [*options, *(option for option in apart if not any(torch.equal(option, o) for o in (found, *options)))]
