@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
 
-from detoracle.properties.checking import Result, cases, judge_case, judge_law, smallest_failure
+from detoracle.properties.checking import Result, cases, judge_case, judge_law, smallest_of
 from detoracle.properties.clauses import clauses_of
 from detoracle.properties.comparison import Finding, expect
 from detoracle.properties.laws.catalogue import laws_of
@@ -110,7 +110,7 @@ class Battery:
         return clause in self._optional() and clause not in self._named(self.returned)
 
     def smallest(self, clause: str, failures: list[Result]) -> Result:
-        """The simplest violation of a clause that is found by dropping images and ground truths from the first.
+        """The simplest violation of a clause that is found by dropping images and ground truths.
 
         Parameters
         ----------
@@ -122,10 +122,10 @@ class Battery:
         -------
         Result
         """
-        failure = next((failure for failure in failures if _clause_of(failure.verdict.findings[0]) == clause), None)
-        if failure is None:  # each breaks another clause first, and made simpler might break only that one
+        first = [failure for failure in failures if _clause_of(failure.verdict.findings[0]) == clause]
+        if not first:  # each breaks another clause before, and made simpler might break only that one
             return failures[0]
-        return smallest_failure(self.system, self.operation, failure, self._call)
+        return smallest_of(self.system, self.operation, first, self._call)
 
     def _call(self, arguments: Mapping[str, Any]) -> Outcome:
         return perform(self.operation, self.implementation, arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,13 +19,17 @@ from detoracle.properties.systems import System
 from detoracle.reference.contract import Operation
 from detoracle.reference.explain.explanation import Explanation
 
-__all__ = ["MOST_AMBIGUOUS", "Case", "Result", "cases", "check_scene", "judge_case", "judge_law", "smallest_failure"]
+__all__ = ["MOST_AMBIGUOUS", "Case", "Result", "cases", "check_scene", "judge_case", "judge_law", "smallest_of"]
 
 MOST_AMBIGUOUS = 0.01
 """Largest share of ambiguous positives that a generic scene may have before tolerance could hide a defect."""
 
 _GENERIC = frozenset({"random", "realistic"})  # crowds aside: tiny boxes inside the same few cells tie by nature
 _FEWEST_POSITIVES = 300  # one near-tie leaves two anchors open: chance pairs in a small scene hide nothing
+_ATTEMPTS = 200  # scenes that are tried at most to make a failing one smaller
+_MOST_SIMPLIFIED = 4  # failing scenes that are made smaller ...
+_FEW = 3  # ... until one has no more ground truths than this
+_MOST_FOR_THREES = 8  # ground truths of which all threes are tried: one fewer at a time may end at four
 _EXACT_TIE = 1 / 16  # margins below this are ties, but for the rounding of the inputs: SSD's priors of equal area
 
 Call = Callable[[Mapping[str, Any]], Outcome]
@@ -242,28 +246,38 @@ def judge_law(
     return Result(case, law.judge(question, follow_up, call), law, follow_up.calls[0])
 
 
-def smallest_failure(
-    system: System, operation: Operation, failure: Result, call: Call, *, attempts: int = 200
-) -> Result:
-    """Drop images, ground truths and levels from a failing scene while it still fails in the same clause.
+def smallest_of(system: System, operation: Operation, failures: Sequence[Result], call: Call) -> Result:
+    """Drop images, ground truths and levels from failing scenes while they still fail in the same clause.
 
     Parameters
     ----------
     system : System
     operation : Operation
-    failure : Result
-        A wrong verdict on a case or on a law.
+    failures : sequence of Result
+        Wrong verdicts on cases or on laws, of one clause. Those of the fewest ground truths are tried, one after the
+        other until one is left with three at most.
     call : callable
         Maps arguments to an `Outcome`.
-    attempts : int
-        Scenes to try at most.
 
     Returns
     -------
     Result
-        The smallest failure found; `failure` itself if nothing smaller fails.
+        The smallest failure found.
     """
-    best = failure
+    found = []
+    for failure in sorted(failures, key=_ground_truths)[:_MOST_SIMPLIFIED]:
+        found.append(_smallest(system, operation, failure, call))
+        if _ground_truths(found[-1]) <= _FEW:
+            break
+    return min(found, key=_ground_truths)
+
+
+def _ground_truths(failure: Result) -> int:
+    return int(failure.case.native["gt_valid"].sum())
+
+
+def _smallest(system: System, operation: Operation, failure: Result, call: Call) -> Result:
+    best, attempts = failure, _ATTEMPTS
     while attempts > 0:
         for native in _simpler(best.case.native, system.shared):
             attempts -= 1
@@ -295,7 +309,7 @@ def _failing(
 
 
 def _simpler(native: Mapping[str, Any], shared: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """Inputs with one image alone, then with half of an image's ground truths, one fewer, and then with one level."""
+    """Inputs with one image alone, then half of an image's ground truths, three, one fewer; then with one level."""
     valid: Tensor = native["gt_valid"]
     images, most = valid.shape
     for image in range(images) if images > 1 else ():
@@ -304,8 +318,9 @@ def _simpler(native: Mapping[str, Any], shared: frozenset[str]) -> Iterator[dict
         present = valid[image].nonzero().flatten().tolist()
         number = len(present)
         halves = (present[: number // 2], present[number // 2 :]) if number > 3 else ()
+        threes = map(list, itertools.combinations(present, 3)) if 3 < number <= _MOST_FOR_THREES else ()
         fewer = [[g for g in present if g != dropped] for dropped in present] if number > 1 else []
-        for kept in (*halves, *fewer):
+        for kept in (*halves, *threes, *fewer):
             yield _keep(native, image, kept)
     if most > int(valid.sum(1).max()):
         yield _keep(native, 0, valid[0].nonzero().flatten().tolist())

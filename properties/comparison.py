@@ -26,6 +26,8 @@ from detoracle.reference.rounding import Bounded, Decision
 
 __all__ = ["Expectation", "Finding", "Status", "Verdict", "expect"]
 
+_MOST_NAMED = 8  # ground truths that a message lists
+
 
 @dataclass(frozen=True, eq=False)
 class Expectation:
@@ -194,9 +196,11 @@ def _outcome_finding(operation: Operation, explanation: Explanation, given: Tens
     image, anchor = wrong.nonzero()[0].tolist()
     right = {int(w.gt_index[anchor]) for w in explanation.worlds[image]}
     right |= set().union(*(w.choices.get(anchor, frozenset()) for w in explanation.worlds[image]))
-    margin = float(explanation.margin[image, anchor])
-    expected = " or ".join(map(str, sorted(right)))
-    message = f"expected ground truth {expected}, got {int(given[image, anchor])} (margin {margin:.3g})"
+    margin, got = float(explanation.margin[image, anchor]), int(given[image, anchor])
+    expected = " or ".join(map(str, sorted(right))) if len(right) <= _MOST_NAMED else f"one of {len(right)}"
+    message = f"expected ground truth {expected}, got {got} (margin {margin:.3g})"
+    if got in right:
+        message += ", which does not go with what other anchors got"
     return Finding(f"{operation.name}[outcome]", f"image {image}, anchor {anchor}", message, int(wrong.sum()))
 
 

@@ -110,15 +110,18 @@ def compare(clause: str, given: Tensor, want: Any) -> list[Finding]:
     if not wrong.any():
         return []
     position, ulps = _worst(wrong, given, exact)
-    wanted = _within(exact[position], bound[position]) if isinstance(want, Bounded) else f"{exact[position].item():.9g}"
-    message = f"expected {wanted}, got {given[position].item():.9g}"
+    if isinstance(want, Bounded):
+        message = _apart(exact[position], bound[position], given[position])
+    else:
+        message = f"expected {exact[position].item():.9g}, got {given[position].item():.9g}"
     return [Finding(clause, f"at {position}" if position else "", message, int(wrong.sum()), ulps)]
 
 
-def _within(exact: Tensor, bound: Tensor) -> str:
-    """A number and its bound, of as many digits as the bound asks for."""
-    short, full = f"{exact.item():.9g}", repr(exact.item())
-    return f"{full if abs(float(short) - exact.item()) > bound.item() / 16 else short} +- {bound.item():.3g}"
+def _apart(exact: Tensor, bound: Tensor, given: Tensor) -> str:
+    """What was expected, within what, and what came, all of as many digits as the bound asks for."""
+    full = abs(float(f"{exact.item():.9g}") - exact.item()) > bound.item() / 16
+    expected, got = (repr(n.item()) if full else f"{n.item():.9g}" for n in (exact, given))
+    return f"expected {expected} +- {bound.item():.3g}, got {got}"
 
 
 def _worst(wrong: Tensor, given: Tensor, exact: Tensor) -> tuple[tuple[int, ...], float]:
@@ -173,5 +176,5 @@ def _gradient_finding(clause: str, given: Tensor | None, right: RightGradient) -
     if not wrong.any():
         return None
     at, ulps = _worst(wrong, given, right.exact)
-    message = f"expected {_within(right.exact[at], right.bound[at])}, got {given[at].item():.9g}"
+    message = _apart(right.exact[at], right.bound[at], given[at])
     return Finding(clause, f"at {at}" if at else "", message, int(wrong.sum()), ulps)

@@ -233,7 +233,7 @@ def loss(
     gt_labels : Tensor (B, G) int
         Class, -C to C-1.
     gt_valid : Tensor (B, G) bool
-        False for padding; boxes of coordinate sum <= 0 take no part either (`yolov8.counted_ground_truths`).
+        False for padding; boxes of coordinate sum <= 0 take no part either.
     reg_max : int
         R, the number of bins; with 1 the maps hold the distances themselves and there is no DFL.
     topk : int

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from detoracle.commands.common import device_named, dtype_named, write_json, written_command
-from detoracle.properties.checking import Result, smallest_failure
+from detoracle.properties.checking import Result, smallest_of
 from detoracle.properties.examination import MOST_TIMEOUTS, examine, scenes_of_examination
 from detoracle.properties.known_failures import problems, read_known_failures
 from detoracle.properties.scenefile import SavedScene, write_scene
@@ -90,17 +90,17 @@ def _save(
     system: System, operation: Operation, implementation: str, failures: list[Result], call: Any, out: Path
 ) -> Iterator[dict[str, Any]]:
     """For each violated clause, its smallest failing scene, as a file."""
-    by_clause: dict[str, Result] = {}
+    by_clause: dict[str, list[Result]] = {}
     for failure in failures:
-        by_clause.setdefault(failure.clause, failure)
-    for number, (clause, failure) in enumerate(by_clause.items(), start=1):
-        if failure.verdict.status != "timeout" and failure.trial == "":
-            failure = smallest_failure(system, operation, failure, call)
+        by_clause.setdefault(failure.clause, []).append(failure)
+    for number, (clause, members) in enumerate(by_clause.items(), start=1):
+        repeatable = [member for member in members if member.verdict.status != "timeout" and member.trial == ""]
+        failure = smallest_of(system, operation, repeatable, call) if repeatable else members[0]
         path = out / f"{operation.name}-{number}.scene.json"
         texts = tuple(f"{f.clause} {f.where}: {f.message}" for f in failure.verdict.findings)
         write_scene(path, SavedScene(operation.name, failure.case.name, failure.case.arguments, implementation, texts))
-        times = sum(f.clause == clause for f in failures)
-        yield {"clause": clause, "scene": failure.case.name, "file": str(path), "findings": texts, "times": times}
+        name = failure.case.name
+        yield {"clause": clause, "scene": name, "file": str(path), "findings": texts, "times": len(members)}
 
 
 def _with_files(rows: Iterable[Row], saved: Iterable[dict[str, Any]]) -> Iterator[Row]:

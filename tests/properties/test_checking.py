@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detoracle.properties.checking import Case, Result, cases, judge_case, smallest_failure
+from detoracle.properties.checking import Case, Result, cases, judge_case, smallest_of
 from detoracle.properties.comparison import Expectation, expect
 from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.outputs import perform
@@ -255,7 +255,7 @@ WRONG: dict[str, Assigner] = {
 def found_out(operation: Operation, judged: Judged, wrong: Callable[..., Any]) -> Result:
     call = partial(perform, operation, wrong)
     failure = next(r for c, e in judged if (r := judge_case(c, e, call)).verdict.wrong)
-    smallest = smallest_failure(SYSTEM, operation, failure, call)
+    smallest = smallest_of(SYSTEM, operation, [failure], call)
     assert smallest.verdict.findings[0].clause == failure.verdict.findings[0].clause
     return smallest
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detoracle.properties.checking import Case, cases, check_scene, judge_case, judge_law, smallest_failure
+from detoracle.properties.checking import Case, cases, check_scene, judge_case, judge_law, smallest_of
 from detoracle.properties.comparison import Expectation, Verdict, expect
 from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.laws.catalogue import LAWS, follow_up_of, laws_of
@@ -176,7 +176,7 @@ def test_a_law_finds_what_the_cases_miss_and_shrinks_it(name: str) -> None:
         found += [result] if result is not None and result.verdict.wrong else []
     assert found
     assert found[0].clause == f"yolox.assign[{law}]"
-    smallest = smallest_failure(system, operation, found[0], partial(perform, operation, make()))
+    smallest = smallest_of(system, operation, found[:1], partial(perform, operation, make()))
     assert smallest.law is BY_ID[law]
     assert len(smallest.case.native["gt_valid"]) == 1
     assert smallest.case.native["gt_valid"].sum() <= 3
