@@ -95,6 +95,10 @@ def _several_claim(boxes: Tensor, valid: Tensor, anchors: Tensor) -> bool:
     return bool((claims > 1).any() or (ties & (overlap.amax(0) > 0)).any())
 
 
+def _background_label(question: Question) -> bool:
+    return bool((question.arguments["gt_labels"] < 0)[question.arguments["gt_valid"]].any())
+
+
 def _far_below(question: Question) -> bool:
     """Does a row vanish beside the largest logit of the batch?"""
     conf: Tensor = question.arguments["conf"]
@@ -164,6 +168,13 @@ DEPARTURES: tuple[Departure, ...] = (
         "rows far below the largest logit of the whole batch become -inf",
         "ragged-full",
         _far_below,
+    ),
+    Departure(
+        ("split",),
+        ("ssd.loss",),
+        "alone, an image whose only matches are of class -1 has no positive to divide by",
+        "ragged-full",
+        _background_label,
     ),
     Departure(
         ("chunked",),
