@@ -411,7 +411,7 @@ def saturates_late(**given: Any) -> Tensor:
     [
         ("rtmdet.priors", "ragged-full", lambda **given: batched.priors(**{**given, "offset": 0.25})),
         ("rtmdet.decode", "ragged-full", lambda **given: -batched.decode(**given)),
-        ("rtmdet.encode", "ragged-full", partial(batched.encode, eps=0.0)),
+        ("rtmdet.encode", "ragged-full", lambda **given: batched.encode(**{**given, "eps": 0.0})),
         ("rtmdet.candidates", "edge-through-corners", or_on_edge),
         ("rtmdet.cost", "ragged-full", partial(batched.cost, soft_center_radius=2.5)),
         ("rtmdet.cost", "ragged-full", partial(batched.cost, iou_weight=1.0)),
