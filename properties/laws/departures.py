@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from detoracle.properties.laws.law import Question
-from detoracle.reference import ssd, yolox
+from detoracle.reference import anchor_head_loss, ssd, yolox
+from detoracle.reference.anchor_head_loss import Batch
 from detoracle.reference.boxes import cxcywh_to_xyxy, overlaps_mmdet
 
 __all__ = ["DEPARTURES", "Departure"]
@@ -79,7 +80,21 @@ def _shared_best_anchor(question: Question) -> bool:
     """Do several ground truths claim the same anchor, or tie for one? Where regions are ignored, who knows."""
     if question.arguments.get("ignore_boxes") is not None:
         return True
-    return any(_several_claim(*image, question.arguments["anchors"]) for image in _images(question))
+    anchors, taking_part = question.arguments["anchors"], _taking_part(question)
+    return any(
+        _several_claim(*image, anchors[inside]) for image, inside in zip(_images(question), taking_part, strict=True)
+    )
+
+
+def _taking_part(question: Question) -> Tensor:
+    """Anchors (B, A) that take part, by the assignment's argument or the loss's."""
+    given = question.arguments
+    if "inside" in given:
+        inside: Tensor = given["inside"]
+        return inside
+    batch = Batch(*(given[name] for name in ("cls_scores", "bbox_preds", "anchors", "gt_boxes", "gt_labels")))
+    border = given.get("allowed_border", -1.0)
+    return anchor_head_loss._taking_part(batch, given["image_shapes"], given["pad_shapes"], given["strides"], border)
 
 
 def _images(question: Question) -> list[tuple[Tensor, Tensor]]:
@@ -87,7 +102,7 @@ def _images(question: Question) -> list[tuple[Tensor, Tensor]]:
 
 
 def _several_claim(boxes: Tensor, valid: Tensor, anchors: Tensor) -> bool:
-    if not valid.any():
+    if not valid.any() or not len(anchors):
         return False
     overlap = overlaps_mmdet(boxes[valid], anchors)
     claims = (overlap == overlap.amax(1, keepdim=True)).sum(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -198,3 +199,15 @@ def test_a_loss_of_images_apart_is_found_out() -> None:
 
 def _only(gt_valid: Tensor, image: int) -> Tensor:
     return (torch.arange(len(gt_valid)) == image)[:, None]
+
+
+def test_anchors_out_of_the_image_claim_nothing_that_ground_truths_could_share() -> None:
+    """Here the anchor that each overlaps most lies in the padding, so that both claim the same one further in."""
+    system, operation = find_operation("anchor_head.loss")
+    scene = next(itertools.islice(random_scenes(94, seed=0), 93, None))
+    law = BY_ID["permute-gts"]
+    [question] = [question for case, question in questions(system, operation, scene) if case.setting == "giou"]
+    assert follow_up_of(law, question) is None
+    broken = law.follow_up(question)
+    assert broken is not None
+    assert law.judge(question, broken, partial(perform, operation, operation.oracle)).findings
