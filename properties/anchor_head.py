@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detoracle.properties.anchor_head_settings import HEADS
 from detoracle.properties.predictors import predict
 from detoracle.properties.scenes import Scene
 from detoracle.properties.systems import Canvas, System
@@ -26,59 +27,7 @@ from detoracle.reference.errors import UpstreamRaises
 from detoracle.reference.explain import anchor_head as explain
 from detoracle.reference.explain import anchor_head_loss as explain_loss
 
-__all__ = ["HEADS", "SYSTEM", "native"]
-
-HEADS: dict[str, dict[str, Any]] = {
-    "retina": {"class_loss": "focal", "box_loss": "l1"},
-    "rpn": {
-        "class_loss": "sigmoid_cross_entropy",
-        "box_loss": "smooth_l1",
-        "beta": 1 / 9,
-        "pos_iou_thr": 0.7,
-        "neg_iou_thr": 0.3,
-        "min_pos_iou": 0.3,
-        "sampler": "random",
-        "seed": 7,
-        "num": 48,
-        "allowed_border": 8,
-    },
-    "ssd-like": {
-        "class_loss": "cross_entropy",
-        "box_loss": "smooth_l1",
-        "neg_iou_thr": 0.5,
-        "gt_max_assign_all": False,
-        "stds": (0.1, 0.1, 0.2, 0.2),
-        "pos_weight": 2.0,
-    },
-    "giou": {"class_loss": "focal", "box_loss": "giou", "reg_decoded_bbox": True, "box_loss_weight": 2.0},
-    "other focal": {
-        "class_loss": "focal",
-        "box_loss": "giou",
-        "reg_decoded_bbox": True,
-        "class_loss_weight": 2.0,
-        "gamma": 1.5,
-        "alpha": 0.6,
-        "eps": 300.0,
-        "match_low_quality": False,
-        "pos_iou_thr": 0.35,
-        "neg_iou_thr": (0.1, 0.25),
-        "ignore_iof_thr": 0.5,
-        "ignore_wrt_candidates": False,
-    },
-    "other softmax": {
-        "class_loss": "cross_entropy",
-        "box_loss": "l1",
-        "sampler": "random",
-        "seed": 5,
-        "num": 24,
-        "pos_fraction": 0.25,
-        "neg_pos_ub": 2.0,
-        "ignore_index": 0,
-        "means": (0.0, 0.1, -0.1, 0.2),
-        "ignore_iof_thr": 0.5,
-    },
-}
-"""Settings of `anchor_head.loss` for the heads that are compared."""
+__all__ = ["SYSTEM", "native"]
 
 _SSD_STDS = (0.1, 0.1, 0.2, 0.2)
 _ASSIGNER = ("pos_iou_thr", "neg_iou_thr", "min_pos_iou", "gt_max_assign_all")

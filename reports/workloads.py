@@ -1,8 +1,8 @@
 """Workloads of the bench: one call of an operation, of a given size.
 
 A workload is a number of images, ground truths an image, anchors an image and classes. Its images are realistic ones:
-everyday photographs or crowds. The kind matters as much as the number: boxes of everyday size hold a hundred times the
-anchor points of those in a crowd.
+everyday photographs or crowds. The kind matters as much as the number: at 100 ground truths an image, those of
+everyday size hold some fifty times the anchor points of those in a crowd.
 """
 
 from __future__ import annotations

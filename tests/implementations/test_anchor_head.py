@@ -11,7 +11,7 @@ import torch
 from detoracle.implementations.batched import anchor_head as batched
 from detoracle.implementations.batched.anchor_head_boxes import inside_flags
 from detoracle.implementations.registry import discover
-from detoracle.properties.anchor_head import HEADS
+from detoracle.properties.anchor_head_settings import HEADS
 from detoracle.properties.checking import Case, cases, judge_case
 from detoracle.properties.comparison import Expectation, expect
 from detoracle.properties.edge_cases import edge_cases

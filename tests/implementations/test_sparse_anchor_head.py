@@ -13,7 +13,7 @@ from detoracle.implementations.registry import marked_in
 from detoracle.implementations.sparse import anchor_head as sparse
 from detoracle.implementations.sparse import anchor_head_overlaps as overlaps
 from detoracle.implementations.sparse import focal
-from detoracle.properties.anchor_head import HEADS
+from detoracle.properties.anchor_head_settings import HEADS
 from detoracle.properties.checking import cases, judge_case
 from detoracle.properties.comparison import expect
 from detoracle.properties.edge_cases import edge_cases

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detoracle.implementations.batched import anchor_head as batched
-from detoracle.properties.anchor_head import HEADS
+from detoracle.properties.anchor_head_settings import HEADS
 from tests.implementations.triton_trials import (
     DEVICE,
     arguments_of,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from detoracle.properties.anchor_head import HEADS
+from detoracle.properties.anchor_head_settings import HEADS
 from tests.implementations.triton_trials import (
     CALLS,
     EDGE,

@@ -60,31 +60,31 @@ def judged(operation: str, scene: str, setting: str, change: Callable[[Outcome],
     return expectation.judge(outcome).status
 
 
-def twice_where_flat(outcome: Outcome) -> None:
-    gradient = outcome.gradients["boxes_b"]
+def gradient_to(outcome: Outcome, name: str) -> Tensor:
+    gradient = outcome.gradients[name]
     assert gradient is not None
-    gradient *= 2
+    return gradient
+
+
+def doubled(outcome: Outcome) -> None:
+    gradient_to(outcome, "boxes_b").mul_(2)
 
 
 def test_a_flat_box_may_pass_its_gradient_on_or_not() -> None:
     place = "boxes.iou_ultralytics", "degenerate-height", "iou of xyxy"
     assert judged(*place, None, side=False) == judged(*place, None, side=True) == "equal"
-    assert judged(*place, twice_where_flat, side=True) == "different"
+    assert judged(*place, doubled, side=True) == "different"
 
 
-def nan_in_the_first_row(outcome: Outcome) -> None:
-    gradient = outcome.gradients["boxes_a"]
-    assert gradient is not None
-    gradient[outcome.outputs["iou"].isnan().flatten()] = torch.nan
+def nan_where_the_output_is(outcome: Outcome) -> None:
+    gradient_to(outcome, "boxes_a")[outcome.outputs["iou"].isnan().flatten()] = torch.nan
 
 
-def nan_in_all_rows(outcome: Outcome) -> None:
-    gradient = outcome.gradients["boxes_a"]
-    assert gradient is not None
-    gradient.fill_(torch.nan)
+def nan_everywhere(outcome: Outcome) -> None:
+    gradient_to(outcome, "boxes_a").fill_(torch.nan)
 
 
 def test_where_the_output_is_nan_so_may_the_gradient_be_but_nowhere_else() -> None:
     place = "boxes.iou_ultralytics", "nan-box", "iou of cxcywh"
-    assert judged(*place, nan_in_the_first_row, side=False) == "equal"
-    assert judged(*place, nan_in_all_rows, side=False) == "different"
+    assert judged(*place, nan_where_the_output_is, side=False) == "equal"
+    assert judged(*place, nan_everywhere, side=False) == "different"

@@ -87,7 +87,7 @@ def test_default_dtype_does_not_matter() -> None:
 
 
 def test_trained_looks_like_a_trained_detector() -> None:
-    """Bands about the percentiles of a YOLOX-nano on 256 photographs."""
+    """Bands about the percentiles of a YOLOX-nano on 256 photographs, for likeness: nothing is judged by it."""
     scene = realistic("coco", num_images=40, seed=1, num_classes=20)
     predicted = predict(scene, *_grid(scene))
     best = torch.cat(
