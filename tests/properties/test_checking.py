@@ -266,6 +266,22 @@ def test_a_wrong_assigner_is_found_out_and_shrunk(name: str, expected: Callable[
     assert smallest.case.native["gt_valid"].sum() <= 3
 
 
+def test_of_several_failures_the_one_that_becomes_smallest_is_shown(expected: Callable[[str], Judged]) -> None:
+    operation = OPERATIONS["yolox.assign"]
+    call = partial(perform, operation, WRONG["AmongClaimants"])
+    judged = [
+        judge_case(c, e, call) for c, e in expected("yolox.assign") if c.scene.name in ("crowd", "best-for-a-third")
+    ]
+    small, crowded = (
+        next(r for r in judged if r.verdict.wrong and r.case.scene.name == n) for n in ("best-for-a-third", "crowd")
+    )
+    alone, both = (
+        int(smallest_of(SYSTEM, operation, failures, call).case.native["gt_valid"].sum())
+        for failures in ([crowded], [crowded, small])
+    )
+    assert both <= 3 < alone
+
+
 # --------------------------------------------------------------------------------------------------------- losses
 def detached(**arguments: Any) -> dict[str, Tensor]:
     return {name: part.detach() for name, part in yolox_loss.loss(**arguments).items()}

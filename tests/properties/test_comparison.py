@@ -15,8 +15,10 @@ from detoracle.properties.comparison import Expectation, Verdict, expect
 from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.outputs import Outcome, perform
 from detoracle.properties.systems import system_of
+from detoracle.properties.verdicts import compare
 from detoracle.properties.yolox import native
 from detoracle.reference import boxes, yolox, yolox_cost, yolox_loss
+from detoracle.reference.rounding import Bounded
 
 SYSTEM = system_of("yolox")
 OPERATIONS = {operation.name: operation for operation in SYSTEM.operations}
@@ -92,18 +94,33 @@ def test_a_finding_says_where_and_what() -> None:
     assert finding.message.startswith("expected ground truth 1, got 2 (margin ")
 
 
-def tied(order: int) -> Verdict:
-    """One ground truth, one claim, two anchors that cost the same."""
+def tied(*taken: int) -> Verdict:
+    """One ground truth, one claim, two anchors that cost the same; which take it."""
     cost, iou = torch.tensor([[[2.0, 1.0, 1.0]]]), torch.full((1, 1, 3), 0.25)
     given = {"cost": cost, "iou": iou, "candidate": torch.ones(1, 3).bool(), "gt_valid": torch.ones(1, 1).bool()}
     expectation = expect(SYSTEM, OPERATIONS["yolox.dynamic_k_matching"], given)
-    gt_index = torch.full((1, 3), -1).index_fill(1, torch.tensor([order]), 0)
+    gt_index = torch.full((1, 3), -1).index_fill(1, torch.tensor(taken), 0)
     return expectation.judge(Outcome({"gt_index": gt_index}))
 
 
 def test_either_side_of_a_tie_is_right_and_no_third() -> None:
     assert [tied(order).status for order in range(3)] == ["different", "equal", "ambiguous"]
     assert tied(2).ambiguous == 2
+
+
+def test_what_is_right_alone_but_not_together_is_told_as_such() -> None:
+    [finding] = tied(1, 2).findings
+    assert finding.message.startswith("expected ground truth -1 or 0, got 0 ")
+    assert finding.message.endswith("which does not go with what other anchors got")
+
+
+def test_what_came_is_told_in_as_many_digits_as_the_bound_asks_for() -> None:
+    third = torch.tensor([1 / 3], dtype=torch.float64)
+    [fine] = compare("x", third + 2.0**-40, Bounded.exact(third, torch.float64))
+    [rough] = compare("x", torch.tensor([0.5]), Bounded.exact(third.float(), torch.float32))
+    assert repr(1 / 3) in fine.message
+    assert fine.message.endswith(f"got {1 / 3 + 2.0**-40!r}")
+    assert rough.message.endswith("got 0.5")
 
 
 # ------------------------------------------------------------------------------------------------------ problems
