@@ -101,6 +101,13 @@ def _counts() -> Iterator[Scene]:
         yield _scene(name, note, *images, tags="crowd conflict", size=(96, 96))
 
 
+def _on_one_spot(count: int) -> list[Row]:
+    """Different boxes that all contain the stride-8 point (12, 12), or (8, 8) on a grid without offset, and no other."""
+    generator = torch.Generator().manual_seed(count)
+    reaches = (torch.randint(17, 48, (count, 4), generator=generator) / 8).tolist()
+    return [(10 - w, 10 - n, 10 + e, 10 + s, number % 4) for number, (w, n, e, s) in enumerate(reaches)]
+
+
 def _conflicts() -> Iterator[Scene]:
     yield _scene(
         "overlapping",
@@ -161,6 +168,14 @@ def _conflicts() -> Iterator[Scene]:
             (34, 34, 38, 38, 1),
         ],
         tags="conflict",
+    )
+    yield _scene(
+        "one-spot",
+        "256 and 128 boxes about one anchor: counters of its claims overflow in eight bits.",
+        *[_on_one_spot(256), _on_one_spot(128)],
+        tags="crowd conflict",
+        size=(32, 32),
+        strides=(8,),
     )
 
 

@@ -3,8 +3,8 @@
 The bound is measured, not guessed: by the error that the plain oracle makes in the dtype under test, and by how much
 the float64 gradient moves when every input, and the result of every operation, moves by one rounding. Both are taken
 at their largest over an anchor's channels. A random move may by luck have little effect, so a gradient that is out of
-bounds is judged by more of them. At a kink the derivatives of both sides are right, and where the output is NaN, so is
-a gradient of NaN.
+bounds is judged by more of them, and by those of the same formula written another way. At a kink the derivatives of
+both sides are right, and where the output is NaN, so is a gradient of NaN.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from detoracle.properties.bounds import gradient_bound, outside
 from detoracle.properties.kinks import OtherSide
 from detoracle.properties.outputs import perform
+from detoracle.properties.rearranged import Rearranged
 from detoracle.properties.shaken import Shaken
 from detoracle.reference.contract import Operation, returns_of
 
@@ -44,8 +45,8 @@ class RightGradient:
         Bounds by more moves.
     may_be_nan : Tensor bool
         True where what is differentiated is NaN.
-    kinks : callable
-        Bound that admits the derivatives of both sides of every kink.
+    otherwise : callable
+        Bound that admits the derivatives of both sides of every kink, and another way to write the formula.
     """
 
     exact: Tensor
@@ -53,13 +54,13 @@ class RightGradient:
     judged: Tensor
     more: Iterator[Tensor] = field(default_factory=lambda: iter(()))
     may_be_nan: Tensor = field(default_factory=lambda: torch.tensor(False))
-    kinks: Callable[[], Tensor] = lambda: torch.zeros(())
+    otherwise: Callable[[], Tensor] = lambda: torch.zeros(())
 
     def wrong(self, given: Tensor) -> Tensor:
         """Elements of a gradient of the same shape that are out of bounds."""
         wrong = self._outside(given, self.bound)
         if bool(wrong.any()):
-            self.bound = torch.maximum(self.bound, self.kinks())
+            self.bound = torch.maximum(self.bound, self.otherwise())
             wrong = self._outside(given, self.bound)
         while bool(wrong.any()) and not self._clearly_wrong(given):
             wider = next(self.more, None)
@@ -122,17 +123,20 @@ def right_gradients(
         return moves[number]
 
     @cache
-    def other_sides() -> tuple[Mapping[str, Tensor | None], ...]:
-        """Gradients to all inputs by the derivatives of either side of every kink."""
-        sides = []
+    def other_ways() -> tuple[Mapping[str, Tensor | None], ...]:
+        """Gradients to all inputs by the derivatives of either side of every kink, and by rearranged formulas."""
+        ways = []
         for first in (True, False):
             with OtherSide(first=first):
-                sides.append(perform(operation, call, double).gradients)
-        return tuple(sides)
+                ways.append(perform(operation, call, double).gradients)
+        for number in range(_DRAWS):
+            with Shaken(dtype, *_pair(number)), Rearranged():
+                ways.append(perform(operation, call, double).gradients)
+        return tuple(ways)
 
-    def kinks(name: str, gradient: Tensor) -> Tensor:
-        sides = (side.get(name) for side in other_sides())
-        bounds = [gradient_bound(gradient, side, row=_row(gradient), dtype=dtype) for side in sides if side is not None]
+    def otherwise(name: str, gradient: Tensor) -> Tensor:
+        ways = (way.get(name) for way in other_ways())
+        bounds = [gradient_bound(gradient, way, row=_row(gradient), dtype=dtype) for way in ways if way is not None]
         return torch.stack([torch.zeros_like(gradient), *(bound.expand_as(gradient) for bound in bounds)]).amax(0)
 
     undefined = exact.outputs[returns_of(operation.oracle)[0].name].isnan() if exact.outputs else None
@@ -146,7 +150,7 @@ def right_gradients(
         for _ in range(_DRAWS):
             bound = torch.maximum(bound, next(bounds))
         nan = _undefined(undefined, gradient)
-        found[name] = RightGradient(gradient, bound, coarse.isfinite(), bounds, nan, partial(kinks, name, gradient))
+        found[name] = RightGradient(gradient, bound, coarse.isfinite(), bounds, nan, partial(otherwise, name, gradient))
     return found
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["Shaken"]
 
 _aten = torch.ops.aten
-_CORRECTLY_ROUNDED = (_aten.add, _aten.div, _aten.mul, _aten.sqrt, _aten.sub)
+_CORRECTLY_ROUNDED = (_aten.add, _aten.div, _aten.mul, _aten.rsub, _aten.sqrt, _aten.sub)
 _OTHERS = (
     _aten.addmm,
     _aten.atan,
@@ -30,6 +30,8 @@ _OTHERS = (
     _aten.log,
     _aten.log1p,
     _aten.log2,
+    _aten.log_sigmoid_backward,
+    _aten.log_sigmoid_forward,
     _aten.logsumexp,
     _aten.mean,
     _aten.mm,

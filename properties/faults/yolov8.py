@@ -308,6 +308,13 @@ FAULTS: tuple[Fault, ...] = (
         "T8: a contested anchor is lost",
     ),
     Fault(
+        "yolov8.assign-claims-counted-in-a-byte",
+        "yolov8.assign",
+        "if len(claimants) > 1:",
+        "if (len(claimants) + 128) % 256 - 128 > 1:",
+        "T4: 128 claims on an anchor are -128 in eight bits",
+    ),
+    Fault(
         "yolov8.assign-first-rows",
         "yolov8.assign",
         "enumerate(gt_valid[image].tolist())",

@@ -288,6 +288,13 @@ FAULTS: tuple[Fault, ...] = (
         "T8: a contested anchor is lost",
     ),
     Fault(
+        "yolox.claims-counted-in-a-byte",
+        "yolox.dynamic_k_matching",
+        "if len(claimants) == 1:",
+        "if len(claimants) % 256 <= 1:",
+        "T4: 256 claims on an anchor are none in eight bits",
+    ),
+    Fault(
         "yolox.index-not-mapped",
         "yolox.assign",
         "present[int(cost[image, present, anchor].argmin())]",
