@@ -102,7 +102,7 @@ def _counts() -> Iterator[Scene]:
 
 
 def _on_one_spot(count: int) -> list[Row]:
-    """Different boxes that all contain the stride-8 point (12, 12), or (8, 8) on a grid without offset, and no other."""
+    """Different boxes that contain one stride-8 point each: (12, 12), or (8, 8) on a grid without offset."""
     generator = torch.Generator().manual_seed(count)
     reaches = (torch.randint(17, 48, (count, 4), generator=generator) / 8).tolist()
     return [(10 - w, 10 - n, 10 + e, 10 + s, number % 4) for number, (w, n, e, s) in enumerate(reaches)]
