@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detoracle.reference.anchor_head_boxes import SOURCE
 from detoracle.reference.contract import operation
+from detoracle.reference.rounding import log_ratio
 
 __all__ = ["decode", "encode"]
 
@@ -46,7 +47,7 @@ def encode(
     """
     size, target_size = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
     center, target = (anchors[:, :2] + anchors[:, 2:]) * 0.5, (boxes[:, :2] + boxes[:, 2:]) * 0.5
-    deltas = torch.cat([(target - center) / size, torch.log(target_size / size)], dim=1)
+    deltas = torch.cat([(target - center) / size, log_ratio(target_size, size)], dim=1)
     return (deltas - deltas.new_tensor(list(means))) / deltas.new_tensor(list(stds))
 
 

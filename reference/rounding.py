@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from detoracle.reference.bounded import Bounded, Decision, Precision, known, value_of
-from detoracle.reference.rounding_arithmetic import log_at_least
+from detoracle.reference.rounding_arithmetic import log_at_least, log_ratio
 
-__all__ = ["Bounded", "Decision", "Precision", "known", "known_range", "log_at_least", "value_of"]
+__all__ = ["Bounded", "Decision", "Precision", "known", "known_range", "log_at_least", "log_ratio", "value_of"]
 
 
 def known_range(x: Any, low: float, high: float | Tensor) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detoracle.reference.bounded import Bounded, Decision, Precision, value_of
 
-__all__ = ["log_at_least"]
+__all__ = ["log_at_least", "log_ratio"]
 
 _SATURATED = 40.0  # exp(-40) added to 1 is lost in every precision
 
@@ -46,6 +46,30 @@ def log_at_least(x: Any, low: float, log: Callable[[Tensor], Tensor] = torch.log
     value, above, below = (torch.clamp(at_ends(t), min=low) for t in (x.value, x.upper, x.lower))
     result = _rounded(value, _spread(x, value, above, below), x.precision, 2.0)
     return Bounded(result.value, result.error.masked_fill(above == low, 0.0), x.precision)
+
+
+def log_ratio(a: Any, b: Any) -> Any:
+    """Logarithm of a quotient, which is as right as a difference of logarithms: its bound admits both.
+
+    Parameters
+    ----------
+    a, b : Tensor or Bounded
+
+    Examples
+    --------
+    >>> import torch
+    >>> wide, narrow = torch.tensor([512.0]), torch.tensor([500.0])
+    >>> apart = torch.log(wide) - torch.log(narrow) - torch.log(wide.double() / narrow.double())
+    >>> quotient, bound = log_ratio(wide, narrow), log_ratio(Bounded.exact(wide, torch.float32), narrow)
+    >>> quotient.equal(torch.log(wide / narrow)), bool(apart.abs() < bound.error)
+    (True, True)
+    """
+    logarithm = torch.log(a / b)
+    if not isinstance(logarithm, Bounded):
+        return logarithm
+    sizes = sum(value_of(x).double().abs().log().abs() for x in (a, b))
+    apart = (2 * logarithm.precision.unit * sizes).masked_fill(~logarithm.value.isfinite(), 0.0)
+    return Bounded(logarithm.value, logarithm.error + apart, logarithm.precision)
 
 
 # ---------------------------------------------------------------------------------------------------- operands

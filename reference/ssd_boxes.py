@@ -17,6 +17,7 @@ from torch import Tensor
 from detoracle.reference.boxes import xyxy_to_cxcywh
 from detoracle.reference.contract import operation
 from detoracle.reference.errors import InputError
+from detoracle.reference.rounding import log_ratio
 
 __all__ = ["COCO_SSD300", "SOURCE", "VARIANCES", "VOC_SSD300", "decode", "encode", "jaccard", "priors"]
 
@@ -200,7 +201,7 @@ def encode(gt_boxes: Tensor, priors: Tensor, *, variances: Sequence[float] = VAR
 def _encode(gt_boxes: Tensor, priors: Tensor, variances: Sequence[float]) -> Tensor:
     boxes = xyxy_to_cxcywh(gt_boxes)
     centre = (boxes[..., :2] - priors[..., :2]) / (variances[0] * priors[..., 2:])
-    size = torch.log(boxes[..., 2:] / priors[..., 2:]) / variances[1]
+    size = log_ratio(boxes[..., 2:], priors[..., 2:]) / variances[1]
     return torch.cat([centre, size], dim=-1)
 
 

@@ -14,7 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from detoracle.reference.rounding import Bounded, Decision, Precision, known, known_range, log_at_least, value_of
+from detoracle.reference.rounding import (
+    Bounded,
+    Decision,
+    Precision,
+    known,
+    known_range,
+    log_at_least,
+    log_ratio,
+    value_of,
+)
 from detoracle.reference.rounding_rules import RULES
 
 UNIT = torch.finfo(torch.float32).eps / 2
@@ -298,6 +307,24 @@ def test_clamped_logarithms_hold(p: float) -> None:
         ends = [(value + s).clamp(0, 1) for s in (-0.9 * spread, 0.0, 0.9 * spread)]
         assert all(held(torch.log(e).clamp(min=-100), log_at_least(bounded, -100.0)) for e in ends)
         assert all(held(torch.log1p(-e).clamp(min=-100), log_at_least(-bounded, -100.0, torch.log1p)) for e in ends)
+
+
+def test_a_logarithm_of_a_quotient_may_be_a_difference_of_logarithms() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(2000, generator=generator) * 600 + 1e-3 for _ in range(2))
+    b[:1000] = a[:1000] * (1 + 1e-6 * b[:1000])  # nearly the same: all of the logarithms cancels
+    bounded = log_ratio(exact(a), exact(b))
+    assert held(torch.log(a / b), bounded)
+    assert held(torch.log(a) - torch.log(b), bounded)
+    assert not held(torch.log(a) - torch.log(b), torch.log(exact(a) / exact(b)))
+    assert float(bounded.error.max()) < 40 * UNIT
+
+
+@pytest.mark.parametrize(("a", "b", "value"), [(0.0, 2.0, -math.inf), (2.0, 0.0, math.inf), (-1.0, 2.0, math.nan)])
+def test_logarithms_of_what_has_no_size_are_certain(a: float, b: float, value: float) -> None:
+    ratio = log_ratio(exact(torch.tensor([a])), exact(torch.tensor([b])))
+    torch.testing.assert_close(ratio.value, torch.tensor([value]).double(), equal_nan=True)
+    assert ratio.error.item() == 0
 
 
 CARRIED: Any = Bounded(torch.tensor([3.0]).double(), torch.tensor([0.5]).double(), Precision.of(torch.float32))
