@@ -340,6 +340,14 @@ def _exact() -> Iterator[Scene]:
         tags="no-overlap conflict",
         predictor=Predictor("perfect", matches=0),
     )
+    yield _scene(
+        "no-overlap-elsewhere",
+        "Specks on few anchors: the first ground truth, elsewhere, overlaps a contested one as much as its claimants.",
+        [(50, 50, 62, 62, 0), (0, 0, 44, 44, 1), (2, 2, 46, 46, 2)],
+        tags="no-overlap conflict",
+        predictor=Predictor("perfect", matches=0),
+        strides=(16,),
+    )
 
 
 def _heads() -> Iterator[Scene]:

@@ -8,16 +8,38 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Bounded", "Decision", "Precision", "known", "value_of"]
+__all__ = ["Bounded", "Decision", "Precision", "known", "nothing_by_luck", "value_of"]
 
-_ROBUST_BITS = 20  # results that fit in so many significant bits are exact however the formula is arranged
+_robust_bits = ContextVar("robust_bits", default=20)
+"""Results that fit in so many significant bits are exact however the formula is arranged: grids, halves, integers."""
+
+
+@contextmanager
+def nothing_by_luck() -> Iterator[None]:
+    """Within it every operation rounds, though its result fit in a few bits, which one in sixteen does by luck alone.
+
+    Examples
+    --------
+    >>> import torch
+    >>> with nothing_by_luck():
+    ...     three = Bounded.exact(torch.tensor(1.0), torch.float32) + 2
+    >>> bool(three.error > 0)
+    True
+    """
+    before = _robust_bits.set(0)
+    try:
+        yield
+    finally:
+        _robust_bits.reset(before)
 
 
 @functools.cache
@@ -43,7 +65,7 @@ class Precision:
         info = torch.finfo(dtype)
         digits = round(-math.log2(info.eps)) + 1
         return cls(
-            info.eps / 2, info.max, info.smallest_normal, min(_ROBUST_BITS, digits - 4 if digits > 8 else digits)
+            info.eps / 2, info.max, info.smallest_normal, min(_robust_bits.get(), digits - 4 if digits > 8 else digits)
         )
 
     def error_of(self, number: float) -> float:

@@ -27,10 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detoracle.reference.bounded import Bounded, Decision, Precision, known, value_of
+from detoracle.reference.bounded import Bounded, Decision, Precision, known, nothing_by_luck, value_of
 from detoracle.reference.rounding_arithmetic import log_at_least, log_ratio
 
-__all__ = ["Bounded", "Decision", "Precision", "known", "known_range", "log_at_least", "log_ratio", "value_of"]
+__all__ = [
+    "Bounded",
+    "Decision",
+    "Precision",
+    "known",
+    "known_range",
+    "log_at_least",
+    "log_ratio",
+    "nothing_by_luck",
+    "value_of",
+]
 
 
 def known_range(x: Any, low: float, high: float | Tensor) -> Any:

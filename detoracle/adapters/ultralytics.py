@@ -62,8 +62,8 @@ def assign(
 ) -> dict[str, Tensor]:
     """``yolov8.assign`` by ``TaskAlignedAssigner``."""
     assigner = _tal().TaskAlignedAssigner(topk=topk, num_classes=scores.shape[-1], alpha=alpha, beta=beta)
-    padded = torch.where(gt_valid[..., None], gt_boxes, 0.0)
-    labels = torch.where(gt_valid, gt_labels, 0)
+    unreadable = ~gt_valid & (gt_labels < 0)  # the package reads the class of padding too
+    padded, labels = torch.where(unreadable[..., None], 0.0, gt_boxes), torch.where(unreadable, 0, gt_labels)
     result = assigner(scores, boxes, anchor_points, labels[..., None], padded, gt_valid[..., None])
     labels, target_boxes, target_scores, foreground, gt_index = result
     return {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor
 
 from detoracle.properties.laws.law import Question
-from detoracle.reference import anchor_head_loss, ssd, yolox
+from detoracle.reference import anchor_head_loss, ssd, yolov8, yolox
 from detoracle.reference.anchor_head_loss import Batch
 from detoracle.reference.boxes import cxcywh_to_xyxy, overlaps_mmdet
 
@@ -108,6 +109,16 @@ def _several_claim(boxes: Tensor, valid: Tensor, anchors: Tensor) -> bool:
     claims = (overlap == overlap.amax(1, keepdim=True)).sum(0)
     ties = (overlap == overlap.amax(0)).sum(0) > 1
     return bool((claims > 1).any() or (ties & (overlap.amax(0) > 0)).any())
+
+
+def _contested_without_overlap(question: Question) -> bool:
+    """Is an anchor inside several ground truths, and overlaps none?"""
+    given = {
+        name: question.arguments[name] for name in signature(yolov8.align).parameters if name in question.arguments
+    }
+    _, overlap, inside = yolov8.align(**given)
+    inside &= given["gt_valid"][..., None]
+    return bool(((inside.sum(1) > 1) & ~((overlap > 0) & inside).any(1)).any())
 
 
 def _background_label(question: Question) -> bool:
@@ -244,6 +255,13 @@ DEPARTURES: tuple[Departure, ...] = (
         "an unassigned anchor is given the box and class of its image's first row, padding or not",
         "empty-one",
         outputs=("labels", "boxes"),
+    ),
+    Departure(
+        ("permute-gts",),
+        ("yolov8.assign",),
+        "a contested anchor that overlaps no ground truth goes to the image's first one",
+        "no-overlap-elsewhere",
+        _contested_without_overlap,
     ),
     Departure(
         ("padding",),
