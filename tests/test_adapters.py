@@ -84,15 +84,15 @@ def test_ultralytics_assignment(package: Callable[..., None]) -> None:
         scores=torch.tensor([[[0.25, 0.5], [1.0, 1.0]]]),
         boxes=torch.ones(1, 2, 4),
         anchor_points=torch.ones(2, 2),
-        gt_boxes=torch.ones(1, 2, 4),
-        gt_labels=torch.tensor([[5, 1]]),
-        gt_valid=torch.tensor([[False, True]]),
+        gt_boxes=torch.ones(1, 3, 4),
+        gt_labels=torch.tensor([[5, 1, -7]]),
+        gt_valid=torch.tensor([[False, True, False]]),
         topk=3,
     )
     assert (seen["topk"], seen["num_classes"], seen["alpha"], seen["beta"]) == (3, 2, 0.5, 6.0)
-    assert seen["mask"].tolist() == [[[False], [True]]]
-    assert seen["labels"].tolist() == [[[0], [1]]]  # padding rows are zeros, as the genuine loss makes them
-    assert seen["gts"].sum(-1).tolist() == [[0.0, 4.0]]
+    assert seen["mask"].tolist() == [[[False], [True], [False]]]
+    assert seen["labels"].tolist() == [[[5], [1], [0]]]  # only padding that cannot be read is zeros
+    assert seen["gts"].sum(-1).tolist() == [[4.0, 4.0, 0.0]]
     assert found["gt_index"].tolist() == [[1, -1]]
     assert found["quality"].tolist() == [[0.75, 0.0]]
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from detoracle.properties import comparison
 from detoracle.properties.bounds import gradient_bound, outside
 from detoracle.properties.comparison import Expectation, Verdict, expect
 from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.outputs import Outcome, perform
-from detoracle.properties.systems import system_of
+from detoracle.properties.systems import find_operation, system_of
 from detoracle.properties.verdicts import compare
 from detoracle.properties.yolox import native
 from detoracle.reference import boxes, yolox, yolox_cost, yolox_loss
@@ -249,3 +252,30 @@ def test_a_gradient_bound_follows_the_row() -> None:
     assert bound.shape == (2, 1)
     assert bound[0] > bound[1]
     assert gradient_bound(exact, exact.float() * 1.001)[1] > bound[1] * 10
+
+
+# ------------------------------------------------------------------------------------------------ arrangements
+def by_centres(*, boxes_a: Tensor, boxes_b: Tensor, off: float = 0.0, **options: Any) -> Tensor:
+    """DIoU by the distance of the centres, each rounded before they are subtracted."""
+    low, high = torch.minimum(boxes_a[:, :2], boxes_b[:, :2]), torch.maximum(boxes_a[:, 2:], boxes_b[:, 2:])
+    diagonal = (high - low).square().sum(1, keepdim=True) + 1e-7
+    centres = [(boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in (boxes_a, boxes_b)]
+    distance = (centres[1] - centres[0]).square().sum(1, keepdim=True) / diagonal
+    return boxes.iou_ultralytics(boxes_a, boxes_b, mode="iou") - distance + off
+
+
+def diou_verdict(*, off: float = 0.0) -> Verdict:
+    """Verdict where some of a side's distances fit in 20 bits by luck, and the sum of both sides does not."""
+    generator = torch.Generator().manual_seed(0)
+    first = 130 + 8 * torch.rand(2000, 4, generator=generator).sort(1).values
+    second = ((8 * first).round() / 8)[:, [2, 1, 0, 3]]  # inverted: no overlap, and no error of one
+    pair = {"boxes_a": first, "boxes_b": second, "mode": "diou"}
+    system, operation = find_operation("boxes.iou_ultralytics")
+    return expect(system, operation, pair).judge(perform(operation, partial(by_centres, off=off), pair))
+
+
+def test_what_is_exact_by_luck_may_carry_an_error_if_arranged_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert diou_verdict().status == "equal"
+    assert diou_verdict(off=2e-6).findings[0].clause == "boxes.iou_ultralytics[iou]"
+    monkeypatch.setattr(comparison, "nothing_by_luck", nullcontext)
+    assert diou_verdict().status == "different"

@@ -22,6 +22,7 @@ from detoracle.reference.rounding import (
     known_range,
     log_at_least,
     log_ratio,
+    nothing_by_luck,
     value_of,
 )
 from detoracle.reference.rounding_rules import RULES
@@ -399,3 +400,16 @@ def test_a_function_without_a_rule_is_refused() -> None:
         torch.erf(exact(torch.ones(1)))
     with pytest.raises(AttributeError, match="no rule for 'cosh'"):
         exact(torch.ones(1)).cosh()
+
+
+def test_a_result_in_few_bits_may_be_exact_by_luck() -> None:
+    def errors() -> list[bool]:
+        x = exact(torch.tensor([1.0, 2.0, 3.0]))
+        return [bool((y.error > 0).any()) for y in (x + 2, x * 3, x.sum(), x * 0)]
+
+    assert errors() == [False, False, False, False]
+    with nothing_by_luck():
+        assert errors() == [True, True, True, False]
+    with pytest.raises(ZeroDivisionError), nothing_by_luck():
+        raise ZeroDivisionError
+    assert errors() == [False, False, False, False]
