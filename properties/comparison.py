@@ -99,7 +99,7 @@ def expect(system: System, operation: Operation, arguments: Mapping[str, Any]) -
     >>> expectation.judge(perform(expectation.operation, boxes.iou_yolox, pair)).status
     'equal'
     >>> expectation.judge(perform(expectation.operation, lambda **_: torch.zeros(1, 1), pair)).findings[0].message
-    'expected 1 +- 1.18e-38, got 0'
+    'expected 1 +- 5.72e-06, got 0'
     """
     try:
         return _expectation(system, operation, arguments, None)
