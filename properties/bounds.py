@@ -25,7 +25,7 @@ __all__ = [
 VALUE_FACTOR = 4.0
 """A right implementation may arrange the formula differently: its error is within four times the oracle's bound.
 
-Two are not enough where the oracle's own sums happen to be exact."""
+Two are not enough for anchor deltas from the shifts of both corners, whose sum cancels."""
 
 DOUBLE_UNITS = 8.0
 """In float64 the oracle itself rounds, unseen: a right value may be so many unit roundoffs from it."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detoracle.properties import comparison
+from detoracle.properties import bounds, comparison
 from detoracle.properties.bounds import gradient_bound, outside
 from detoracle.properties.comparison import Expectation, Verdict, expect
 from detoracle.properties.edge_cases import edge_cases
@@ -279,3 +279,29 @@ def test_what_is_exact_by_luck_may_carry_an_error_if_arranged_otherwise(monkeypa
     assert diou_verdict(off=2e-6).findings[0].clause == "boxes.iou_ultralytics[iou]"
     monkeypatch.setattr(comparison, "nothing_by_luck", nullcontext)
     assert diou_verdict().status == "different"
+
+
+def by_corners(*, anchors: Tensor, boxes: Tensor, means: list[float], stds: list[float]) -> Tensor:
+    """Anchor deltas from how far both corners have moved."""
+    size, target = anchors[:, 2:] - anchors[:, :2], boxes[:, 2:] - boxes[:, :2]
+    shift = ((boxes[:, :2] - anchors[:, :2]) + (boxes[:, 2:] - anchors[:, 2:])) / (2 * size)
+    deltas = torch.cat([shift, torch.log(target) - torch.log(size)], dim=1)
+    return (deltas - torch.tensor(means)) / torch.tensor(stds)
+
+
+def test_right_values_may_err_by_more_than_twice_the_oracles_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair: dict[str, Any] = {
+        "anchors": torch.tensor([[-17.959392547607422, -8.979696273803711, 17.959392547607422, 8.979696273803711]]),
+        "boxes": torch.tensor([[26.929889678955078, -60.39155960083008, 32.627235412597656, 64.97929382324219]]),
+        "means": [0.0, 0.1, -0.1, 0.2],
+        "stds": [0.1, 0.1, 0.2, 0.2],
+    }
+    system, operation = find_operation("anchor_head.encode")
+    outcome = Outcome({"deltas": by_corners(**pair)})
+
+    def values() -> list[str]:
+        return [f.clause for f in expect(system, operation, pair).judge(outcome).findings if "[deltas]" in f.clause]
+
+    assert values() == []
+    monkeypatch.setattr(bounds, "VALUE_FACTOR", 2.0)
+    assert values() == ["anchor_head.encode[deltas]"]
