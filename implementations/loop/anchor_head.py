@@ -57,7 +57,7 @@ def assign(
         if ignore_boxes is not None and ignore_valid is not None and ignore_iof_thr > 0:
             for region in ignore_boxes[image, ignore_valid[image]]:
                 if ignore_wrt_candidates:
-                    share = overlaps_mmdet(boxes, region[None], mode="iof")[:, 0]
+                    share = overlaps_mmdet(boxes, region.expand_as(boxes), mode="iof", aligned=True)
                 else:
                     share = overlaps_mmdet(region[None], boxes, mode="iof")[0]
                 overlaps[:, share > ignore_iof_thr] = -1
