@@ -27,6 +27,7 @@ __all__ = ["LossJudge"]
 _MOST_ALTERNATIVES = 64  # right assignments that are tried ...
 _MOST_OF_LARGE = 12  # ... and for inputs with more numbers than this
 _LARGE = 1_000_000
+_MOST_KEPT = 2**24  # numbers in the gradients of all trials that are kept
 _MOST_OPEN = 6  # anchors of two outcomes each whose combinations are all tried
 
 
@@ -73,6 +74,8 @@ class LossJudge:
         self._operation, self._explanation, self._dtype = operation, explanation, dtype
         self._loss_given, self._arguments = loss_given, arguments
         self._right: dict[bytes, _RightLoss] = {}
+        self._numbers = sum(value.numel() for value in tensors_of(arguments))
+        self._trials: dict[bytes, Outcome] = {}
         self._right_loss(explanation.gt_index)  # a behaviour that the oracle raises is known before anything is judged
 
     def __call__(self, outcome: Outcome) -> Verdict:
@@ -99,14 +102,19 @@ class LossJudge:
         """Right assignments but the float64 one: first the one that the gradients show, if they do."""
         if not bool(self._explanation.ambiguous.any()):
             return
-        double = in_float64(self._arguments)
+        yield from trained_assignment(self._explanation, outcome, self._trial)
+        yield from self._explanation.alternatives(_MOST_OF_LARGE if self._numbers > _LARGE else _MOST_ALTERNATIVES)
 
-        def loss_given(gt_index: Tensor) -> Outcome:
-            return perform(self._operation, partial(self._loss_given, gt_index, dtype=None), double)
-
-        yield from trained_assignment(self._explanation, outcome, loss_given)
-        numbers = sum(value.numel() for value in tensors_of(self._arguments))
-        yield from self._explanation.alternatives(_MOST_OF_LARGE if numbers > _LARGE else _MOST_ALTERNATIVES)
+    def _trial(self, gt_index: Tensor) -> Outcome:
+        """What a right loss makes of an assignment, in float64; kept, for the next outcome asks for much the same."""
+        key = _key(gt_index)
+        if key in self._trials:
+            return self._trials[key]
+        call = partial(self._loss_given, gt_index, dtype=None)
+        tried = perform(self._operation, call, in_float64(self._arguments))
+        if len(self._trials) * self._numbers < _MOST_KEPT:
+            self._trials[key] = tried
+        return tried
 
     def _findings(self, gt_index: Tensor, outcome: Outcome) -> tuple[Finding, ...]:
         right, name = self._right_loss(gt_index), self._operation.name
@@ -118,13 +126,17 @@ class LossJudge:
 
     def _right_loss(self, gt_index: Tensor) -> _RightLoss:
         """The loss of a right assignment, worked out when first asked for."""
-        key = gt_index.cpu().numpy().tobytes()
+        key = _key(gt_index)
         if key not in self._right:
             parts = self._loss_given(gt_index, **self._arguments, dtype=self._dtype)
             plain = partial(self._loss_given, gt_index, dtype=None)
             gradients = partial(right_gradients, self._operation, plain, self._arguments, self._dtype)
             self._right[key] = _RightLoss(parts, gradients)
         return self._right[key]
+
+
+def _key(gt_index: Tensor) -> bytes:
+    return gt_index.cpu().numpy().tobytes()
 
 
 @dataclass(eq=False)

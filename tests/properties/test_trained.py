@@ -13,6 +13,7 @@ from detoracle.properties.checking import cases
 from detoracle.properties.comparison import expect
 from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.gradients import in_float64
+from detoracle.properties.losses import LossJudge
 from detoracle.properties.outputs import Outcome, perform
 from detoracle.properties.systems import find_operation
 from detoracle.properties.trained import trained_assignment
@@ -101,16 +102,34 @@ def test_what_cannot_be_told_is_not_called_wrong() -> None:
     assert (verdict.status, verdict.note.partition(":")[0]) == ("undefined", "not judged")
 
 
+def backwards(*, loc: Tensor, conf: Tensor, priors: Tensor, **rest: Any) -> Any:
+    """The published loss of the anchors in reverse: of negatives alike, it takes the last."""
+    return find_operation("ssd.loss")[1].oracle(loc=loc.flip(1), conf=conf.flip(1), priors=priors.flip(0), **rest)
+
+
 @pytest.mark.parametrize("setting", ["threshold 0.5, 3:1", "threshold 0.35, 1:1, other variances", "logits far apart"])
 def test_where_all_negatives_tie_the_last_are_as_right_as_the_first(setting: str) -> None:
     system, operation = find_operation("ssd.loss")
     [case] = [case for case in cases(system, operation, SCENES["equal-one"]) if case.setting == setting]
-
-    def backwards(*, loc: Tensor, conf: Tensor, priors: Tensor, **rest: Any) -> Any:
-        return operation.oracle(loc=loc.flip(1), conf=conf.flip(1), priors=priors.flip(0), **rest)
-
     outcome = perform(operation, backwards, case.arguments)
     assert expect(system, operation, case.arguments).judge(outcome).status == "ambiguous"
+
+
+def test_what_was_tried_for_one_outcome_is_not_worked_out_again_for_the_next() -> None:
+    system, operation = find_operation("ssd.loss")
+    case = next(cases(system, operation, SCENES["equal-one"]))
+    tried = []
+
+    def loss_given(gt_index: Tensor, **given: Any) -> Any:
+        tried.append(gt_index)
+        return system.loss_given["ssd.loss"](gt_index, **given)
+
+    explanation = system.explain["ssd.loss"](**case.arguments)
+    judge = LossJudge(operation, explanation, loss_given, case.arguments, torch.float32)
+    outcome = perform(operation, backwards, case.arguments)
+    assert judge(outcome).status == "ambiguous"
+    before = len(tried)
+    assert (judge(outcome).status, len(tried)) == ("ambiguous", before)
 
 
 def test_what_is_mined_though_it_weighs_nothing_costs_nothing() -> None:
