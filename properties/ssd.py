@@ -31,6 +31,7 @@ SMALL: dict[str, Any] = {
 _LARGE = 300  # from this image side on, the priors of SSD300
 _FAR_APART = 150.0  # logits so far below the largest of the batch vanish from the ranking of negatives
 _OTHER_VARIANCES = (0.25, 0.125)
+_SMALL = 0.0625  # overlaps are ratios: they stay as they are, but for what is added to an area or limits it
 
 
 def native(scene: Scene) -> dict[str, Any]:
@@ -94,6 +95,8 @@ def _arguments(operation: str, given: dict[str, Any]) -> Iterator[tuple[str, dic
             "background labels",
             {"priors": priors, **ground_truths, "gt_labels": _some_background(given["gt_labels"])},
         )
+        smaller = {**ground_truths, "gt_boxes": given["gt_boxes"] * _SMALL}
+        yield "all a sixteenth as large", {"priors": priors * _SMALL, **smaller}
     elif operation == "ssd.loss":
         rest = {"loc": loc, "priors": priors, **ground_truths}
         yield "threshold 0.5, 3:1", {**rest, "conf": conf, "threshold": 0.5, "neg_pos": 3}
@@ -144,7 +147,9 @@ def _box_arguments(
         if not len(targets):
             continue
         if operation == "ssd.jaccard":
-            yield f"image {image}", {"boxes_a": targets, "boxes_b": boxes.cxcywh_to_xyxy(priors)}
+            pair = {"boxes_a": targets, "boxes_b": boxes.cxcywh_to_xyxy(priors)}
+            yield f"image {image}", pair
+            yield f"image {image}, all a sixteenth as large", {name: side * _SMALL for name, side in pair.items()}
         else:
             turn = torch.arange(len(priors), device=priors.device) % len(targets)
             yield f"image {image}", {"gt_boxes": targets[turn], "priors": priors}

@@ -246,9 +246,20 @@ def _clamp(x: Bounded, min: float | None = None, max: float | None = None) -> Bo
     return Bounded(result.value, error, x.precision)
 
 
+def _exponential(function: Callable[[Tensor], Tensor], units: float) -> Callable[[Bounded], Bounded]:
+    """Rule for an exponential, which hardware takes in base 2: its argument is rounded once more."""
+    rule = _monotone(function, units)
+
+    def of_rounded(x: Bounded) -> Bounded:
+        once_more = x.precision.unit * x.value.abs().nan_to_num(posinf=0.0)
+        return rule(Bounded(x.value, x.error + once_more, x.precision))
+
+    return of_rounded
+
+
 def _sigmoid(x: Bounded) -> Bounded:
     """Saturated ones are exactly 1, however the formula is arranged."""
-    result = _monotone(torch.sigmoid, 4.0)(x)
+    result = _exponential(torch.sigmoid, 4.0)(x)
     return Bounded(result.value, result.error.masked_fill(x.lower > _SATURATED, 0.0), x.precision)
 
 
@@ -267,10 +278,8 @@ def _pow(x: Any, exponent: float) -> Any:
 
 
 def _power_of(x: Bounded, base: float) -> Bounded:
-    """``base ** x``: its relative error grows with the exponent's size."""
-    result = _monotone(lambda t: torch.as_tensor(base, dtype=torch.float64) ** t, 2.0)(x)
-    extra = result.precision.unit * math.log(base) * x.value.abs() * result.value.abs()
-    return Bounded(result.value, torch.nan_to_num(result.error + extra, nan=0.0, posinf=math.inf), x.precision)
+    """``base ** x``."""
+    return _exponential(lambda t: torch.as_tensor(base, dtype=torch.float64) ** t, 2.0)(x)
 
 
 # -------------------------------------------------------------------------------------------------- reductions

@@ -13,6 +13,7 @@ from detoracle.reference.bounded import Bounded, Decision, value_of
 from detoracle.reference.rounding_arithmetic import (
     _clamp,
     _div,
+    _exponential,
     _extreme,
     _extreme_over,
     _gap,
@@ -225,7 +226,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "true_divide": _div, "neg": _neg, "abs": _magnitude,
     "pow": _pow, "rpow": _power_of, "square": _square,
     "binary_cross_entropy_with_logits": _bce_with_logits, "binary_cross_entropy": _bce,
-    "cross_entropy": _cross_entropy, "smooth_l1_loss": _smooth_l1, "exp": _monotone(torch.exp, 2.0),
+    "cross_entropy": _cross_entropy, "smooth_l1_loss": _smooth_l1, "exp": _exponential(torch.exp, 2.0),
     "log": _monotone(torch.log, 2.0, at_ends=_log),
     "log1p": _monotone(torch.log1p, 2.0, at_ends=_log1p), "sqrt": _square_root, "sigmoid": _sigmoid,
     "atan": _monotone(torch.atan, 2.0), "softplus": _monotone(torch.nn.functional.softplus, 4.0),

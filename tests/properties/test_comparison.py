@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -305,3 +306,15 @@ def test_right_values_may_err_by_more_than_twice_the_oracles_bound(monkeypatch: 
     assert values() == []
     monkeypatch.setattr(bounds, "VALUE_FACTOR", 2.0)
     assert values() == ["anchor_head.encode[deltas]"]
+
+
+def test_sides_may_be_decoded_by_the_logarithm_of_the_stride() -> None:
+    def decode(*, raw: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+        right, sides = yolox.decode(raw, strides), []
+        for level, stride in zip(raw, strides, strict=True):
+            sides.append((level[:, 2:4] + math.log(stride)).exp().flatten(2).transpose(1, 2))
+        return torch.cat([right[..., :2], torch.cat(sides, 1), right[..., 4:]], dim=-1)
+
+    given = arguments("yolox.decode", "extreme-boxes-50", setting="")
+    outcome = perform(OPERATIONS["yolox.decode"], decode, given)
+    assert expect(SYSTEM, OPERATIONS["yolox.decode"], given).judge(outcome).status == "equal"
