@@ -103,8 +103,8 @@ _ASSIGNMENT: tuple[Fault, ...] = (
     Fault(
         "anchor_head.ignored-by-iou",
         "anchor_head.assign",
-        'overlaps_mmdet(boxes, region[None], mode="iof")',
-        "overlaps_mmdet(boxes, region[None])",
+        'overlaps_mmdet(boxes, region.expand_as(boxes), mode="iof", aligned=True)',
+        "overlaps_mmdet(boxes, region.expand_as(boxes), aligned=True)",
         "C13: IoU with a region for the share in it",
     ),
     Fault(
