@@ -28,7 +28,7 @@ _MOST_ALTERNATIVES = 64  # right assignments that are tried ...
 _MOST_OF_LARGE = 12  # ... and for inputs with more numbers than this
 _LARGE = 1_000_000
 _MOST_KEPT = 2**24  # numbers in the gradients of all trials that are kept
-_MOST_OPEN = 6  # anchors of two outcomes each whose combinations are all tried
+_MOST_OPEN = 6  # ambiguous anchors whose right outcomes are all among the alternatives
 
 
 class LossJudge:
@@ -93,7 +93,7 @@ class LossJudge:
             if not instead:
                 return Verdict("ambiguous", **facts)
             findings = instead if number == 0 else findings
-        if facts["ambiguous"] > _MOST_OPEN and self._arguments.get("sampler") == "random":
+        if self._arguments.get("sampler") == "random" and self._some_untried(facts["ambiguous"]):
             note = f"not judged: rounding leaves {facts['ambiguous']} anchors open, and what is sampled hangs on all"
             return Verdict("undefined", note=note, **facts)
         return Verdict("different", findings, **facts)
@@ -103,7 +103,16 @@ class LossJudge:
         if not bool(self._explanation.ambiguous.any()):
             return
         yield from trained_assignment(self._explanation, outcome, self._trial)
-        yield from self._explanation.alternatives(_MOST_OF_LARGE if self._numbers > _LARGE else _MOST_ALTERNATIVES)
+        yield from self._explanation.alternatives(self._most_alternatives)
+
+    @property
+    def _most_alternatives(self) -> int:
+        return _MOST_OF_LARGE if self._numbers > _LARGE else _MOST_ALTERNATIVES
+
+    def _some_untried(self, ambiguous: int) -> bool:
+        """May there be right assignments beside all those that are tried?"""
+        most = self._most_alternatives
+        return ambiguous > _MOST_OPEN or len(list(self._explanation.alternatives(most + 1))) > most
 
     def _trial(self, gt_index: Tensor) -> Outcome:
         """What a right loss makes of an assignment, in float64; kept, for the next outcome asks for much the same."""

@@ -67,14 +67,14 @@ def trained_assignment(
         if torch.equal(found, trials.found):
             break
         trials = _Trials.of(found, explanation.options(found), seen, loss_given)
+    candidates = [*_by_value(found, trials.alike(given), given, loss_given), found]
     if trials.unexplained(given):
-        found = _one_by_one(explanation, found, seen, loss_given)
-        trials = _Trials.of(found, explanation.options(found), seen, loss_given)
-    candidates = list(_by_value(found, trials.alike(given), given, loss_given))
-    if not any(torch.equal(candidate, found) for candidate in candidates):
-        candidates.append(found)
-    for candidate in candidates:
-        if not explanation.wrong(candidate).any():
+        other = _one_by_one(explanation, found, seen, loss_given)
+        trials = _Trials.of(other, explanation.options(other), seen, loss_given)
+        candidates += [*_by_value(other, trials.alike(given), given, loss_given), other]
+    for number, candidate in enumerate(candidates):
+        repeated = any(torch.equal(candidate, before) for before in candidates[:number])
+        if not repeated and not explanation.wrong(candidate).any():
             yield candidate
 
 

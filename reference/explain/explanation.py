@@ -28,6 +28,7 @@ __all__ = [
     "worlds_of",
 ]
 
+_MOST_REPEATS = 16  # ways to the same right assignment, at the mean, before no more are looked for
 _MOST_OPEN = 4  # ambiguous decisions of one image that are tried in all combinations, unless a caller affords more
 
 
@@ -225,8 +226,15 @@ class Explanation:
         return torch.stack(images)
 
     def alternatives(self, limit: int) -> Iterator[Tensor]:
-        """Right assignments (B, A), the float64 one first: at most `limit`, fewer if there are fewer."""
-        yield from itertools.islice(self._alternatives(), limit)
+        """Right assignments (B, A), the float64 one first: at most `limit`, fewer if there are fewer, none twice."""
+        seen: set[bytes] = set()
+        for gt_index in itertools.islice(self._alternatives(), _MOST_REPEATS * limit):
+            key = gt_index.cpu().numpy().tobytes()
+            if key not in seen:
+                seen.add(key)
+                yield gt_index
+            if len(seen) == limit:
+                return
 
     def _alternatives(self) -> Iterator[Tensor]:
         for worlds in itertools.product(*self.worlds):

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from detoracle.properties import losses
 from detoracle.properties.checking import cases
-from detoracle.properties.comparison import expect
+from detoracle.properties.comparison import Expectation, expect
 from detoracle.properties.edge_cases import edge_cases
 from detoracle.properties.gradients import in_float64
 from detoracle.properties.losses import LossJudge
 from detoracle.properties.outputs import Outcome, perform
+from detoracle.properties.random_scenes import random_scenes
 from detoracle.properties.systems import find_operation
 from detoracle.properties.trained import trained_assignment
 from detoracle.reference.explain.explanation import Count, Explanation, World
@@ -138,3 +140,38 @@ def test_what_is_mined_though_it_weighs_nothing_costs_nothing() -> None:
     [case] = [c for c in cases(system, operation, SCENES["empty-one"]) if c.setting == "thresholds alone"]
     outcome = perform(operation, operation.oracle, case.arguments)
     assert expect(system, operation, case.arguments).judge(outcome).status == "equal"
+
+
+def of_random_scene(operation: str, seed: int, number: int, setting: str) -> tuple[Expectation, Outcome]:
+    """What is right, and what the oracle returns."""
+    system, loss = find_operation(operation)
+    scene = list(random_scenes(number + 1, seed=seed))[number]
+    [case] = [case for case in cases(system, loss, scene) if case.setting == setting]
+    return expect(system, loss, case.arguments), perform(loss, loss.oracle, case.arguments)
+
+
+@pytest.mark.parametrize(
+    ("operation", "seed", "number", "setting"),
+    [
+        (
+            "ssd.loss",
+            10,
+            11,
+            "all negatives",
+        ),  # what rows tell together is right, what one change at a time makes of it not
+        ("anchor_head.loss", 13, 3, "other softmax"),  # claims of tied anchors lead to the same assignments many times
+    ],
+)
+def test_right_losses_once_called_wrong(operation: str, seed: int, number: int, setting: str) -> None:
+    expectation, outcome = of_random_scene(operation, seed, number, setting)
+    assert expectation.judge(outcome).status == "ambiguous"
+
+
+@pytest.mark.parametrize(("tried", "status"), [(64, "different"), (29, "undefined")])
+def test_a_sampling_loss_is_wrong_only_where_all_thirty_right_ones_were_tried(
+    tried: int, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expectation, outcome = of_random_scene("anchor_head.loss", 13, 3, "other softmax")
+    monkeypatch.setattr(losses, "_MOST_ALTERNATIVES", tried)
+    wrong = {name: part * 1.01 for name, part in outcome.outputs.items()}
+    assert expectation.judge(Outcome(wrong, outcome.gradients)).status == status

@@ -193,6 +193,11 @@ def test_alternatives_are_limited_and_begin_with_the_float64_one() -> None:
     assert len(list(explanation.alternatives(3))) == 3
 
 
+def test_no_alternative_comes_twice() -> None:
+    explanation = explanation_of([plain([0, -1]), plain([0, -1]), plain([-1, 0])])
+    assert [a.tolist() for a in explanation.alternatives(2)] == [[[0, -1]], [[-1, 0]]]
+
+
 def test_counts_bind_anchors_together() -> None:
     choices = dict.fromkeys(range(3), frozenset([-1, 5]))
     world = plain([5, -1, -1], choices=choices, counts=(Count(5, torch.arange(3), 1, 1),))
