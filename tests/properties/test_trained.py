@@ -153,12 +153,7 @@ def of_random_scene(operation: str, seed: int, number: int, setting: str) -> tup
 @pytest.mark.parametrize(
     ("operation", "seed", "number", "setting"),
     [
-        (
-            "ssd.loss",
-            10,
-            11,
-            "all negatives",
-        ),  # what rows tell together is right, what one change at a time makes of it not
+        ("ssd.loss", 10, 11, "all negatives"),  # rows told what is right, one change at a time led away from it
         ("anchor_head.loss", 13, 3, "other softmax"),  # claims of tied anchors lead to the same assignments many times
     ],
 )
